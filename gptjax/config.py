@@ -1,0 +1,257 @@
+"""The shape of a model: one frozen, hashable dataclass, and presets by name."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from gptjax.errors import UserError, nearest
+
+Position = Literal["learned", "rope"]
+Norm = Literal["layernorm", "rmsnorm"]
+Activation = Literal["gelu_tanh", "gelu", "relu", "squared_relu", "silu"]
+Init = Literal["gpt2", "modern"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _check_literals(config: "ModelConfig") -> None:
+    for field in dataclasses.fields(config):
+        legal = getattr(field.type, "__args__", ())
+        value = getattr(config, field.name)
+        if getattr(field.type, "__origin__", None) is Literal and value not in legal:
+            raise UserError(f"{field.name} is {value!r}{nearest(str(value), legal)}")
+
+
+def _check_keys(fields: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    for name in fields:
+        if name not in known:
+            raise UserError(f"unknown field {name!r} of ModelConfig{nearest(name, known)}")
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only Transformer. The defaults are GPT-2 124M exactly as published.
+
+    Hashable, so it goes through `jax.jit` as a static argument.
+
+    Attributes:
+        vocab_size: V, number of token ids.
+        context_length: longest sequence in tokens.
+        num_layers: L, number of blocks.
+        embed_dim: D, width of the residual stream.
+        num_heads: H, query heads.
+        num_kv_heads: K, key and value heads; None means `num_heads`. Fewer is grouped-query
+            attention (Ainslie et al. 2023).
+        head_dim: C, width of a head; None means `embed_dim / num_heads`.
+        mlp_dim: F, hidden width of the feed-forward layer; None means `4 * embed_dim`.
+        position: "learned" vectors added to the embedding, or "rope" (Su et al. 2021).
+        rope_base: base of RoPE's geometric sequence of wavelengths.
+        norm: "layernorm" or "rmsnorm" (Zhang & Sennrich 2019), before each sublayer.
+        norm_gain: whether norms learn a gain for each channel.
+        norm_eps: added to the variance or mean square.
+        qk_norm: RMS-normalize queries and keys by head (Dehghani et al. 2023).
+        activation: the feed-forward nonlinearity. "squared_relu" is So et al. 2021.
+        gated_mlp: multiply the activated branch with a second linear one (Shazeer 2020);
+            with "silu" this is SwiGLU.
+        use_bias: biases in linear layers and in LayerNorm.
+        tie_embeddings: use the token embedding as the output matrix.
+        embedding_norm: normalize the embedding before the first block.
+        logit_softcap: bound logits smoothly by `cap * tanh(logits / cap)` (Gemma 2).
+        dropout: rate after the embedding, in the attention probabilities and after each sublayer.
+        init: "gpt2" draws N(0, 0.02²) with residual outputs scaled by 1/√(2L); "modern" draws a
+            unit-variance embedding, 1/√fan-in matrices and zero residual outputs.
+        compute_dtype: dtype of matrix work; "auto" is bfloat16 where the chip has it.
+        remat: what the backward pass recomputes: "none"; "dots" keeps only matrix products;
+            "full" keeps only block inputs.
+        scan_unroll: blocks laid out in a row per scan iteration; None chooses (all of them in a
+            shallow model, which XLA then schedules better; one otherwise, so that compile time
+            does not grow with depth).
+
+    The last three say how the model is computed and change no value beyond rounding, so a
+    checkpoint continues under other settings of them (`EXECUTION_FIELDS`).
+
+    Raises:
+        UserError: if a field is out of range or two fields contradict each other.
+    """
+
+    vocab_size: int = 50257
+    context_length: int = 1024
+    num_layers: int = 12
+    embed_dim: int = 768
+    num_heads: int = 12
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    position: Position = "learned"
+    rope_base: float = 10_000.0
+    norm: Norm = "layernorm"
+    norm_gain: bool = True
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    activation: Activation = "gelu_tanh"
+    gated_mlp: bool = False
+    use_bias: bool = True
+    tie_embeddings: bool = True
+    embedding_norm: bool = False
+    logit_softcap: float | None = None
+    dropout: float = 0.0
+    init: Init = "gpt2"
+    compute_dtype: ComputeDtype = "auto"
+    remat: Remat = "none"
+    scan_unroll: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        for name in ("vocab_size", "context_length", "num_layers", "embed_dim", "num_heads"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
+        for name in ("num_kv_heads", "head_dim", "mlp_dim", "scan_unroll"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}; at least 1, or None")
+        if self.head_dim is None:
+            _require(
+                self.embed_dim % self.num_heads == 0,
+                f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}; "
+                f"choose num_heads from {_divisors(self.embed_dim)} or set head_dim",
+            )
+        _require(
+            self.num_heads % self.kv_heads == 0,
+            f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.kv_heads}; "
+            f"choose num_kv_heads from {_divisors(self.num_heads)}",
+        )
+        _require(
+            self.position != "rope" or self.head_width % 2 == 0,
+            f"head width {self.head_width} is odd; RoPE rotates pairs, so it must be even",
+        )
+        _require(0.0 <= self.dropout < 1.0, f"dropout is {self.dropout}; from 0 up to, not 1")
+        _require(
+            self.logit_softcap is None or self.logit_softcap > 0,
+            f"logit_softcap is {self.logit_softcap}; positive, or None for no cap",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """K, with the default resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """C, with the default resolved."""
+        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """F, with the default resolved."""
+        return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns a copy with some fields changed.
+
+        Raises:
+            UserError: if a field is unknown (the nearest is named) or the result is illegal.
+        """
+        _check_keys(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-serializable values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: if a field is unknown; the nearest known name is given.
+        """
+        _check_keys(fields)
+        return cls(**fields)
+
+
+EXECUTION_FIELDS = frozenset({"compute_dtype", "remat", "scan_unroll"})
+"""Fields of `ModelConfig` that change neither parameters nor the function computed."""
+
+_MODERN: dict[str, Any] = {
+    "position": "rope",
+    "norm": "rmsnorm",
+    "norm_gain": False,
+    "qk_norm": True,
+    "activation": "squared_relu",
+    "use_bias": False,
+    "tie_embeddings": False,
+    "embedding_norm": True,
+    "logit_softcap": 15.0,
+    "init": "modern",
+}
+
+_LLAMA: dict[str, Any] = {
+    "position": "rope",
+    "norm": "rmsnorm",
+    "activation": "silu",
+    "gated_mlp": True,
+    "use_bias": False,
+    "tie_embeddings": False,
+}
+
+PRESETS: dict[str, ModelConfig] = {
+    "gpt2": ModelConfig(),
+    "gpt2-medium": ModelConfig(num_layers=24, embed_dim=1024, num_heads=16),
+    "gpt2-large": ModelConfig(num_layers=36, embed_dim=1280, num_heads=20),
+    "gpt2-xl": ModelConfig(num_layers=48, embed_dim=1600, num_heads=25),
+    # Brown et al. 2020, table 2.1.
+    "gpt3-175b": ModelConfig(num_layers=96, embed_dim=12288, num_heads=96, context_length=2048),
+    # nanoGPT's two character-level Shakespeare models, and the modern recipe in the same shapes.
+    "char-gpt": ModelConfig(
+        vocab_size=65, context_length=64, num_layers=4, embed_dim=128, num_heads=4
+    ),
+    "char-gpt-large": ModelConfig(
+        vocab_size=65, context_length=256, num_layers=6, embed_dim=384, num_heads=6
+    ),
+    "char-gpt-modern": ModelConfig(
+        vocab_size=65, context_length=64, num_layers=4, embed_dim=128, num_heads=4, **_MODERN
+    ),
+    "char-gpt-large-modern": ModelConfig(
+        vocab_size=65, context_length=256, num_layers=6, embed_dim=384, num_heads=6, **_MODERN
+    ),
+    # Touvron et al. 2023, table 1; Grattafiori et al. 2024, table 3.
+    "llama2-7b": ModelConfig(
+        vocab_size=32000,
+        context_length=4096,
+        num_layers=32,
+        embed_dim=4096,
+        num_heads=32,
+        mlp_dim=11008,
+        **_LLAMA,
+    ),
+    "llama3-8b": ModelConfig(
+        vocab_size=128256,
+        context_length=8192,
+        num_layers=32,
+        embed_dim=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        mlp_dim=14336,
+        rope_base=500_000.0,
+        **_LLAMA,
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """Returns the configuration of that name, such as "gpt2" or "llama3-8b".
+
+    Raises:
+        UserError: if there is none; the nearest name is given.
+    """
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
+    return PRESETS[name]

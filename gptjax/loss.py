@@ -1,0 +1,213 @@
+"""Next-token cross-entropy: exact, masked, weighted by token, without holding all logits."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
+from gptjax.model import hidden_states, softcap, unembedding
+from gptjax.params import Params
+from gptjax.sharding import batch_parts
+
+Batch = dict[str, jax.Array]
+"""`tokens` and `targets` `[B, T]` int32; optional `weights` `[B, T]` float32 (which targets count
+and how much), `segment_ids` and `positions` `[B, T]` int32 (documents packed into a row)."""
+
+LOGITS_AT_ONCE = 2**26
+"""Elements of the largest block of logits that a device holds: 256 MiB in float32."""
+
+
+class LossOptions(NamedTuple):
+    """What the loss adds to cross-entropy, and how its gradient is had.
+
+    Attributes:
+        z_loss: weight of log²(Σ exp logits), which keeps logits from drifting (Chowdhery et al.
+            2022, section 5).
+        recompute: False takes the gradient of each block of logits while the block is there, in
+            the forward pass, and stores it (one float32 array of the output matrix's size); True
+            computes the block again in the backward pass.
+        logits_at_once: see `LOGITS_AT_ONCE`.
+    """
+
+    z_loss: float = 0.0
+    recompute: bool = False
+    logits_at_once: int = LOGITS_AT_ONCE
+
+
+def loss_fn(
+    params: Params,
+    batch: Batch,
+    config: ModelConfig,
+    *,
+    options: LossOptions = LossOptions(),
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean cross-entropy of a batch's targets, each weighted by `weights`.
+
+    Args:
+        params: the model's parameters.
+        batch: see `Batch`. Negative targets (such as -100) have no weight, whatever `weights`
+            says.
+        config: the model.
+        options: additions to the loss and how its gradient is computed.
+        dropout_key: random key for training with dropout; None means none.
+
+    Returns:
+        The loss in nats per token, with additions, and metrics: `loss` without additions, and
+        `tokens`, the sum of weights. Where nothing is counted both losses are 0.
+    """
+    objective, sums = loss_sums(params, batch, config, options=options, dropout_key=dropout_key)
+    count = jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
+    return objective / count, {"loss": sums["nll"] / count, "tokens": sums["tokens"]}
+
+
+def loss_sums(
+    params: Params,
+    batch: Batch,
+    config: ModelConfig,
+    *,
+    options: LossOptions = LossOptions(),
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As `loss_fn`, but sums: the objective, and `nll` and `tokens`.
+
+    Sums are what accumulates exactly over microbatches with different numbers of tokens.
+    """
+    x_BTD, _ = hidden_states(
+        params,
+        batch["tokens"],
+        config,
+        positions=batch.get("positions"),
+        segment_ids=batch.get("segment_ids"),
+        dropout_key=dropout_key,
+    )
+    weights_BT = target_weights(batch)
+    with jax.named_scope("loss"):
+        objective, nll = cross_entropy(
+            x_BTD,
+            unembedding(params, config),
+            jnp.maximum(batch["targets"], 0),
+            weights_BT,
+            config.logit_softcap,
+            options,
+        )
+    return objective, {"nll": jax.lax.stop_gradient(nll), "tokens": jnp.sum(weights_BT)}
+
+
+def target_weights(batch: Batch) -> jax.Array:
+    """How much each target counts: `[B, T]` float32."""
+    real_BT = (batch["targets"] >= 0).astype(jnp.float32)
+    return real_BT * batch["weights"] if "weights" in batch else real_BT
+
+
+def cross_entropy(
+    x_BTD: jax.Array,
+    kernel_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    cap: float | None,
+    options: LossOptions,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums over all tokens: the objective, and the cross-entropy alone.
+
+    Logits are computed in blocks of tokens and are gone after each, in both passes. The blocks cut
+    the token dimension, so that each holds tokens of every device that the batch lies on.
+    """
+    B, T, _ = x_BTD.shape
+    V = kernel_VD.shape[0]
+    blocks = min(T, math.ceil(B * T * V / (options.logits_at_once * batch_parts())))
+    if blocks == 1:
+        return _block_sums(x_BTD, kernel_VD, targets_BT, weights_BT, cap, options.z_loss)
+
+    # Rows are filled up with tokens of no weight where the blocks do not divide T.
+    length = math.ceil(T / blocks)
+    pad = ((0, 0), (0, blocks * length - T))
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, pad + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, blocks, length, *x.shape[2:]).swapaxes(0, 1)
+
+    by_block = _recomputed_sums if options.recompute else _stored_sums
+    return by_block(cut(x_BTD), kernel_VD, cut(targets_BT), cut(weights_BT), cap, options.z_loss)
+
+
+def _block_sums(
+    x_BtD: jax.Array,
+    kernel_VD: jax.Array,
+    targets_Bt: jax.Array,
+    weights_Bt: jax.Array,
+    cap: float | None,
+    z_loss: float,
+) -> tuple[jax.Array, jax.Array]:
+    logits_BtV = softcap(
+        jnp.einsum(
+            "btd,vd->btv",
+            x_BtD,
+            kernel_VD.astype(x_BtD.dtype),
+            preferred_element_type=jnp.float32,
+        ),
+        cap,
+    )
+    log_z_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
+    # A comparison and a sum, where a gather's gradient would be a scatter.
+    is_target_BtV = jnp.arange(kernel_VD.shape[0]) == targets_Bt[..., None]
+    nll_Bt = log_z_Bt - jnp.sum(jnp.where(is_target_BtV, logits_BtV, 0), axis=-1)
+    nll = jnp.sum(nll_Bt * weights_Bt)
+    return nll + z_loss * jnp.sum(jnp.square(log_z_Bt) * weights_Bt), nll
+
+
+def _recomputed_sums(
+    x_NBtD: jax.Array, kernel_VD: jax.Array, targets: Any, weights: Any, cap: Any, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    block_sums = jax.checkpoint(partial(_block_sums, cap=cap, z_loss=z_loss))
+
+    def body(sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]):
+        x_BtD, targets_Bt, weights_Bt = block
+        objective, nll = block_sums(x_BtD, kernel_VD, targets_Bt, weights_Bt)
+        return (sums[0] + objective, sums[1] + nll), None
+
+    zeros = (jnp.float32(0), jnp.float32(0))
+    return jax.lax.scan(body, zeros, (x_NBtD, targets, weights))[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _stored_sums(
+    x_NBtD: jax.Array, kernel_VD: jax.Array, targets: Any, weights: Any, cap: Any, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    # Without a gradient, as in evaluation, there is nothing to store.
+    return _recomputed_sums(x_NBtD, kernel_VD, targets, weights, cap, z_loss)
+
+
+def _stored_sums_forward(
+    x_NBtD: jax.Array, kernel_VD: jax.Array, targets: Any, weights: Any, cap: Any, z_loss: float
+):
+    def body(carry: tuple[jax.Array, ...], block: tuple[jax.Array, ...]):
+        objective_sum, nll_sum, grad_kernel = carry
+        x_BtD, targets_Bt, weights_Bt = block
+        (objective, nll), pull_back = jax.vjp(
+            lambda x, kernel: _block_sums(x, kernel, targets_Bt, weights_Bt, cap, z_loss),
+            x_BtD,
+            kernel_VD,
+        )
+        grad_x, grad_block = pull_back((jnp.float32(1), jnp.float32(0)))
+        carry = (objective_sum + objective, nll_sum + nll, grad_kernel + grad_block)
+        return carry, grad_x
+
+    zeros = (jnp.float32(0), jnp.float32(0), jnp.zeros(kernel_VD.shape, jnp.float32))
+    (objective, nll, grad_kernel), grad_x = jax.lax.scan(body, zeros, (x_NBtD, targets, weights))
+    return (objective, nll), (grad_x, grad_kernel.astype(kernel_VD.dtype))
+
+
+def _stored_sums_backward(
+    cap: Any, z_loss: float, gradients: tuple[jax.Array, jax.Array], cotangents: Any
+):
+    grad_x, grad_kernel = gradients
+    # The cross-entropy alone is a metric; only the objective is differentiated.
+    scale, _ = cotangents
+    return (grad_x * scale.astype(grad_x.dtype), grad_kernel * scale, None, None)
+
+
+_stored_sums.defvjp(_stored_sums_forward, _stored_sums_backward)

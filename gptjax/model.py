@@ -1,0 +1,419 @@
+"""A GPT as a pure function of parameters and tokens. Read from top to bottom.
+
+Shapes are in the names: B batch, T tokens, S key slots, D model width, H query heads, K key heads,
+C head width, F hidden width, V vocabulary, L layers. `x_BTD` is `[B, T, D]`.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.attention import attention
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+from gptjax.params import Params
+from gptjax.sharding import constrain
+
+if TYPE_CHECKING:
+    from gptjax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in use: what `load` returns and text goes through."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: "Tokenizer | None" = None
+    """None where none came with the weights."""
+
+
+class LayerCache(NamedTuple):
+    """Keys and values that one block has seen, each `[B, S, K, C]`."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    rotation: tuple[jax.Array, jax.Array] | None
+    """cos and sin of RoPE's angles, each `[B or 1, T, 1, C / 2]`."""
+    segments_BT: jax.Array | None
+    """The document of each token."""
+    slots_BT: jax.Array | None
+    """With a cache: the slot that each token is written to."""
+
+
+def forward(
+    params: Params,
+    tokens_BT: jax.Array,
+    config: ModelConfig,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Next-token logits of a batch of sequences.
+
+    Args:
+        params: as `init_params` makes them.
+        tokens_BT: `[B, T]` int32 token ids below `config.vocab_size`.
+        config: the model.
+        positions: `[B, T]` int32, the place of each token in its document; None counts from 0.
+        segment_ids: `[B, T]` int32, the document of each token in a packed row. Tokens see only
+            their own document; pass `positions` that restart with each.
+        dropout_key: random key for training with dropout; None means none.
+
+    Returns:
+        `[B, T, V]` float32 logits; those at t predict the token at t + 1.
+
+    Raises:
+        UserError: if T exceeds the model's context length.
+    """
+    x_BTD, _ = hidden_states(
+        params,
+        tokens_BT,
+        config,
+        positions=positions,
+        segment_ids=segment_ids,
+        dropout_key=dropout_key,
+    )
+    return unembed(params, x_BTD, config)
+
+
+def hidden_states(
+    params: Params,
+    tokens_BT: jax.Array,
+    config: ModelConfig,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+    cache: tuple[LayerCache, ...] | None = None,
+    slots: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
+    """The normalized output of the last block, from which logits are read.
+
+    Args:
+        params: as in `forward`; `params["blocks"]` may be a tuple of single blocks instead of
+            stacked ones (`unstack_blocks`), and must be where a cache is given.
+        tokens_BT: as in `forward`.
+        config: as in `forward`.
+        positions: as in `forward`.
+        segment_ids: as in `forward`.
+        dropout_key: as in `forward`.
+        cache: what each block has seen before; the new keys and values are written into it.
+        slots: `[B, T]` int32, with a cache: the slot of each token, which is its position too.
+
+    Returns:
+        `[B, T, D]` hidden states in the compute dtype, and the extended cache (None without one).
+    """
+    T = tokens_BT.shape[1]
+    if T > config.context_length:
+        raise UserError(
+            f"sequence of {T} tokens, but the model's context is {config.context_length}; "
+            "shorten it or raise context_length"
+        )
+    if positions is None:
+        positions = jnp.arange(T)[None] if slots is None else slots
+    dtype = compute_dtype(config)
+    embed_key, blocks_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+
+    with jax.named_scope("embed"):
+        x_BTD = embed(params["embed"], tokens_BT, positions, config, dtype)
+        x_BTD = dropout(x_BTD, config.dropout, embed_key)
+        x_BTD = constrain(x_BTD, "batch", "sequence", "width")
+    rotation = rope_rotation(positions, config) if config.position == "rope" else None
+    context = Context(rotation, segment_ids, slots)
+    x_BTD, cache = run_blocks(params["blocks"], x_BTD, context, config, blocks_key, cache)
+    with jax.named_scope("final_norm"):
+        return normalize(x_BTD, params["final_norm"], config), cache
+
+
+def run_blocks(
+    blocks: Params | tuple[Params, ...],
+    x_BTD: jax.Array,
+    context: Context,
+    config: ModelConfig,
+    dropout_key: jax.Array | None,
+    cache: tuple[LayerCache, ...] | None,
+) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
+    """Applies the blocks in turn: scanned where they are stacked, one by one in a tuple."""
+    L = config.num_layers
+    keys = None if dropout_key is None else jax.random.split(dropout_key, L)
+    if isinstance(blocks, tuple):
+        extended = []
+        for layer, params in enumerate(blocks):
+            key = None if keys is None else keys[layer]
+            layer_cache = None if cache is None else cache[layer]
+            x_BTD, layer_cache = block(params, x_BTD, context, config, key, layer_cache)
+            extended.append(layer_cache)
+        return x_BTD, None if cache is None else tuple(extended)
+
+    # Cast before the loop, so that what is gathered over a mesh inside it is in the small dtype.
+    blocks = jax.tree.map(lambda w: w.astype(x_BTD.dtype), blocks)
+
+    def body(x_BTD: jax.Array, layer: tuple[Params, jax.Array | None]):
+        params, key = layer
+        return block(params, x_BTD, context, config, key, None)
+
+    x_BTD, _ = jax.lax.scan(
+        rematerialized(body, config), x_BTD, (blocks, keys), unroll=scan_unroll(config)
+    )
+    return x_BTD, None
+
+
+def block(
+    params: Params,
+    x_BTD: jax.Array,
+    context: Context,
+    config: ModelConfig,
+    dropout_key: jax.Array | None = None,
+    cache: LayerCache | None = None,
+) -> tuple[jax.Array, LayerCache | None]:
+    """One Transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    keys = (None, None, None) if dropout_key is None else jax.random.split(dropout_key, 3)
+    with jax.named_scope("attention"):
+        h_BTD = normalize(x_BTD, params["attention_norm"], config)
+        h_BTD, cache = self_attention(params["attention"], h_BTD, context, config, keys[0], cache)
+        x_BTD = x_BTD + dropout(h_BTD, config.dropout, keys[1])
+    with jax.named_scope("mlp"):
+        h_BTD = normalize(x_BTD, params["mlp_norm"], config)
+        x_BTD = x_BTD + dropout(mlp(params["mlp"], h_BTD, config), config.dropout, keys[2])
+    return constrain(x_BTD, "batch", "sequence", "width"), cache
+
+
+def self_attention(
+    params: Params,
+    x_BTD: jax.Array,
+    context: Context,
+    config: ModelConfig,
+    dropout_key: jax.Array | None,
+    cache: LayerCache | None,
+) -> tuple[jax.Array, LayerCache | None]:
+    """Queries, keys and values from x, attention among them, and the output projection."""
+    with jax.named_scope("qkv"):
+        q_BTHC = linear(x_BTD, params["query"], params.get("query_bias"))
+        k_BTKC = linear(x_BTD, params["key"], params.get("key_bias"))
+        v_BTKC = linear(x_BTD, params["value"], params.get("value_bias"))
+        if config.qk_norm:
+            q_BTHC = rms_norm(q_BTHC, params.get("query_norm", {}).get("scale"), config.norm_eps)
+            k_BTKC = rms_norm(k_BTKC, params.get("key_norm", {}).get("scale"), config.norm_eps)
+        if context.rotation is not None:
+            q_BTHC = rotate(q_BTHC, *context.rotation)
+            k_BTKC = rotate(k_BTKC, *context.rotation)
+        q_BTHC = constrain(q_BTHC, "batch", "sequence", "heads", "head")
+
+    k_BSKC, v_BSKC = k_BTKC, v_BTKC
+    if cache is not None:
+        with jax.named_scope("cache"):
+            cache = write_cache(cache, k_BTKC, v_BTKC, context.slots_BT)
+            k_BSKC, v_BSKC = (c.astype(q_BTHC.dtype) for c in cache)
+    with jax.named_scope("scores"):
+        out_BTHC = attention(
+            q_BTHC,
+            k_BSKC,
+            v_BSKC,
+            query_slots=context.slots_BT,
+            query_segments=context.segments_BT,
+            key_segments=context.segments_BT,
+            dropout=config.dropout,
+            dropout_key=dropout_key,
+        )
+    with jax.named_scope("out"):
+        return linear(out_BTHC, params["out"], params.get("out_bias"), inputs=2), cache
+
+
+def mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
+    """The feed-forward layer, gated or plain."""
+    h_BTF = linear(x_BTD, params["up"], params.get("up_bias"))
+    if config.gated_mlp:
+        gate_BTF = linear(x_BTD, params["gate"], params.get("gate_bias"))
+        h_BTF = activate(gate_BTF, config) * h_BTF
+    else:
+        h_BTF = activate(h_BTF, config)
+    h_BTF = constrain(h_BTF, "batch", "sequence", "mlp")
+    return linear(h_BTF, params["down"], params.get("down_bias"))
+
+
+def activate(x: jax.Array, config: ModelConfig) -> jax.Array:
+    """The nonlinearity that the configuration names."""
+    match config.activation:
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "relu":
+            return jax.nn.relu(x)
+        case "squared_relu":
+            return jnp.square(jax.nn.relu(x))
+        case "silu":
+            return jax.nn.silu(x)
+
+
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
+    """x · kernel + bias over the last `inputs` dimensions of x and the first of the kernel."""
+    out = jnp.tensordot(x, kernel.astype(x.dtype), inputs)
+    return out if bias is None else out + bias.astype(x.dtype)
+
+
+def normalize(x_BTD: jax.Array, params: Params, config: ModelConfig) -> jax.Array:
+    """LayerNorm or RMSNorm over the width, in float32."""
+    if config.norm == "rmsnorm":
+        return rms_norm(x_BTD, params.get("scale"), config.norm_eps)
+    x = x_BTD.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.norm_eps)
+    if "scale" in params:
+        x = x * params["scale"].astype(jnp.float32)
+    if "bias" in params:
+        x = x + params["bias"].astype(jnp.float32)
+    return x.astype(x_BTD.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
+    """x / √(mean(x²) + eps) · scale over the last dimension, in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 if scale is None else x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_rotation(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of RoPE's angles (Su et al. 2021), each `[B or 1, T, 1, C / 2]` float32."""
+    half = config.head_width // 2
+    frequencies = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + C/2) of each head, the pairing of Llama's published weights."""
+    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTHC.dtype)
+
+
+def embed(
+    params: Params, tokens_BT: jax.Array, positions: jax.Array, config: ModelConfig, dtype: Any
+) -> jax.Array:
+    """Token vectors, with position vectors added where the model learns them: `[B, T, D]`."""
+    x_BTD = look_up(constrain(params["tokens"], "vocab", None), tokens_BT).astype(dtype)
+    if config.position == "learned":
+        x_BTD = x_BTD + params["positions"][positions].astype(dtype)
+    return normalize(x_BTD, params["norm"], config) if config.embedding_norm else x_BTD
+
+
+def unembed(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
+    """Float32 logits `[B, T, V]` of normalized hidden states."""
+    with jax.named_scope("unembed"):
+        kernel_VD = unembedding(params, config)
+        logits_BTV = jnp.einsum(
+            "btd,vd->btv", x_BTD, kernel_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+        )
+        logits_BTV = constrain(logits_BTV, "batch", "sequence", "vocab")
+        return softcap(logits_BTV, config.logit_softcap)
+
+
+def unembedding(params: Params, config: ModelConfig) -> jax.Array:
+    """The output matrix `[V, D]`, whole over the width so that only the vocabulary is split."""
+    kernel = params["embed"]["tokens"] if config.tie_embeddings else params["head"]["kernel"]
+    return constrain(kernel, "vocab", None)
+
+
+def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
+    """Bounds logits by ±cap, smoothly; the identity for None."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes elements at the rate and scales the rest up; the identity without a key."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+@jax.custom_vjp
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of the table, with a gradient that is fast for small vocabularies too."""
+    return table_VD[tokens_BT]
+
+
+def _look_up_forward(table_VD: jax.Array, tokens_BT: jax.Array):
+    return table_VD[tokens_BT], (tokens_BT, jnp.empty((table_VD.shape[0], 0), table_VD.dtype))
+
+
+def _look_up_backward(residuals: tuple[jax.Array, jax.Array], grad_BTD: jax.Array):
+    tokens_BT, like = residuals
+    V = like.shape[0]
+    if V <= 1024:
+        # A scatter runs row by row on a CPU and with contended atomics on a GPU; at this size a
+        # product with one-hot rows is faster.
+        one_hot = jax.nn.one_hot(tokens_BT, V, dtype=grad_BTD.dtype)
+        table = jnp.einsum("btv,btd->vd", one_hot, grad_BTD, preferred_element_type=jnp.float32)
+    else:
+        table = jnp.zeros((V, grad_BTD.shape[-1]), jnp.float32)
+        table = table.at[tokens_BT].add(grad_BTD.astype(jnp.float32))
+    return table.astype(like.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def write_cache(
+    cache: LayerCache, k_BTKC: jax.Array, v_BTKC: jax.Array, slots_BT: jax.Array | None
+) -> LayerCache:
+    """Writes new keys and values into each row's own slots; slots past the end are dropped."""
+    rows = jnp.arange(k_BTKC.shape[0])[:, None]
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[rows, slots_BT].set(new.astype(old.dtype), mode="drop")
+
+    return LayerCache(write(cache.keys, k_BTKC), write(cache.values, v_BTKC))
+
+
+def unstack_blocks(params: Params, config: ModelConfig) -> Params:
+    """The same parameters with the stacked blocks as a tuple of single ones.
+
+    Decoding over a tuple is about twice as fast on a CPU as over a scan, which copies each block's
+    weights out of the stack first.
+    """
+    if isinstance(params["blocks"], tuple):
+        return params
+    take = lambda layer: jax.tree.map(lambda w: w[layer], params["blocks"])  # noqa: E731
+    return {**params, "blocks": tuple(take(layer) for layer in range(config.num_layers))}
+
+
+def compute_dtype(config: ModelConfig) -> Any:
+    """The dtype of matrix work: as configured, or bfloat16 where the default device is fast in it.
+
+    A TPU is, and an NVIDIA GPU from compute capability 8.0 (Ampere) on; a T4 and CPUs are not.
+    """
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    device = jax.devices()[0]
+    capability = float(getattr(device, "compute_capability", 0) or 0)
+    fast = device.platform == "tpu" or capability >= 8.0
+    return jnp.dtype(jnp.bfloat16 if fast else jnp.float32)
+
+
+def scan_unroll(config: ModelConfig) -> int:
+    """Blocks per iteration of the scan over layers."""
+    if config.scan_unroll is not None:
+        return min(config.scan_unroll, config.num_layers)
+    return config.num_layers if config.num_layers <= 6 else 1
+
+
+def rematerialized(body: Any, config: ModelConfig) -> Any:
+    """The scan body under the configured rematerialization policy."""
+    match config.remat:
+        case "none":
+            return body
+        case "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(body, policy=policy, prevent_cse=scan_unroll(config) > 1)
+        case "full":
+            return jax.checkpoint(body, prevent_cse=scan_unroll(config) > 1)

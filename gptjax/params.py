@@ -1,0 +1,200 @@
+"""Parameters as a nested dict, declared once.
+
+The tree of `ParamSpec`s is the single declaration that everything else is read from:
+initialization, shardings, decay masks, restoring checkpoints, importing weights.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gptjax import sharding
+from gptjax.config import ModelConfig
+
+Params = dict[str, Any]
+"""A nested dict of arrays, keyed by strings."""
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """What is to be known of one parameter.
+
+    Attributes:
+        shape: its dimensions.
+        axes: the logical name of each dimension (see `sharding.RULES`).
+        init: how it starts; "normal" draws from N(0, std²).
+        std: standard deviation for "normal".
+        kind: "embedding", "matrix" or "vector": matrices may be orthogonalized by an optimizer;
+            weight decay acts on embeddings and matrices.
+        fan_in: for a matrix, how many of the dimensions after "layers" are contracted.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: Literal["normal", "zeros", "ones"]
+    std: float = 0.0
+    kind: Literal["embedding", "matrix", "vector"] = "vector"
+    fan_in: int = 0
+
+
+def param_specs(config: ModelConfig) -> Params:
+    """The tree of `ParamSpec`s of a model.
+
+    The blocks' parameters are stacked: their first dimension, "layers", is what the model scans
+    over.
+    """
+    D, H, K, C = config.embed_dim, config.num_heads, config.kv_heads, config.head_width
+    F, L, V = config.mlp_width, config.num_layers, config.vocab_size
+    modern = config.init == "modern"
+
+    def matrix(shape, axes, fan_in=1, residual_output=False):
+        if not modern:
+            # Radford et al. 2019, section 2.3: outputs added to the residual stream start smaller,
+            # by the root of their number.
+            std = 0.02 / math.sqrt(2 * L) if residual_output else 0.02
+            return ParamSpec((L, *shape), ("layers", *axes), "normal", std, "matrix", fan_in)
+        std = 1 / math.sqrt(math.prod(shape[:fan_in]))
+        init = "zeros" if residual_output else "normal"
+        return ParamSpec((L, *shape), ("layers", *axes), init, std, "matrix", fan_in)
+
+    def bias(shape, axes):
+        return ParamSpec((L, *shape), ("layers", *axes), "zeros")
+
+    def norm(stacked=True, width=D, axis="embed"):
+        shape, axes = ((L, width), ("layers", axis)) if stacked else ((width,), (axis,))
+        specs = {}
+        if config.norm_gain:
+            specs["scale"] = ParamSpec(shape, axes, "ones")
+        if config.use_bias and config.norm == "layernorm":
+            specs["bias"] = ParamSpec(shape, axes, "zeros")
+        return specs
+
+    attention: Params = {
+        "query": matrix((D, H, C), ("embed", "heads", "head")),
+        "key": matrix((D, K, C), ("embed", "kv_heads", "head")),
+        "value": matrix((D, K, C), ("embed", "kv_heads", "head")),
+        "out": matrix((H, C, D), ("heads", "head", "embed"), fan_in=2, residual_output=True),
+    }
+    mlp: Params = {
+        "up": matrix((D, F), ("embed", "mlp")),
+        "down": matrix((F, D), ("mlp", "embed"), residual_output=True),
+    }
+    if config.gated_mlp:
+        mlp["gate"] = matrix((D, F), ("embed", "mlp"))
+    if config.use_bias:
+        attention["query_bias"] = bias((H, C), ("heads", "head"))
+        attention["key_bias"] = bias((K, C), ("kv_heads", "head"))
+        attention["value_bias"] = bias((K, C), ("kv_heads", "head"))
+        attention["out_bias"] = bias((D,), ("embed",))
+        mlp["up_bias"] = bias((F,), ("mlp",))
+        mlp["down_bias"] = bias((D,), ("embed",))
+        if config.gated_mlp:
+            mlp["gate_bias"] = bias((F,), ("mlp",))
+    if config.qk_norm and config.norm_gain:
+        attention["query_norm"] = {"scale": ParamSpec((L, C), ("layers", "head"), "ones")}
+        attention["key_norm"] = {"scale": ParamSpec((L, C), ("layers", "head"), "ones")}
+
+    embed_std = 1.0 if modern else 0.02
+    embed: Params = {
+        "tokens": ParamSpec((V, D), ("vocab", "embed"), "normal", embed_std, "embedding")
+    }
+    if config.position == "learned":
+        embed["positions"] = ParamSpec(
+            (config.context_length, D), ("context", "embed"), "normal", embed_std, "embedding"
+        )
+    specs: Params = {
+        "embed": embed,
+        "blocks": {
+            "attention_norm": norm(),
+            "attention": attention,
+            "mlp_norm": norm(),
+            "mlp": mlp,
+        },
+        "final_norm": norm(stacked=False),
+    }
+    if config.embedding_norm:
+        specs["embed"]["norm"] = norm(stacked=False)
+    if not config.tie_embeddings:
+        head_std = 1 / math.sqrt(D) if modern else 0.02
+        specs["head"] = {
+            "kernel": ParamSpec((V, D), ("vocab", "embed"), "normal", head_std, "embedding")
+        }
+    return specs
+
+
+def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Params:
+    """Draws the parameters of a model, float32, each straight into its place on the mesh.
+
+    Args:
+        config: the model.
+        key: a JAX random key.
+        mesh: where the parameters shall lie; None is the default device.
+
+    Returns:
+        A nested dict of arrays in the shapes of `param_specs(config)`. The values depend neither
+        on the mesh nor on which other parameters the model has: each has a stream of its own.
+    """
+    specs = param_specs(config)
+
+    def draw(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
+        if spec.init == "zeros":
+            return jnp.zeros(spec.shape, jnp.float32)
+        if spec.init == "ones":
+            return jnp.ones(spec.shape, jnp.float32)
+        stream = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return spec.std * jax.random.normal(stream, spec.shape, jnp.float32)
+
+    def init() -> Params:
+        return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=is_spec)
+
+    shardings = None if mesh is None else param_shardings(config, mesh)
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """The `NamedSharding` of every parameter.
+
+    Raises:
+        UserError: if a dimension does not divide over its mesh axes.
+    """
+
+    def place(path: tuple[Any, ...], spec: ParamSpec) -> jax.sharding.NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return sharding.named_sharding(mesh, spec.axes, spec.shape, name)
+
+    return jax.tree_util.tree_map_with_path(place, param_specs(config), is_leaf=is_spec)
+
+
+def count_params(config: ModelConfig) -> int:
+    """The number of parameters, without allocating any."""
+    specs = jax.tree.leaves(param_specs(config), is_leaf=is_spec)
+    return sum(math.prod(spec.shape) for spec in specs)
+
+
+def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
+    """Floating-point operations that training spends on one token, forward and backward.
+
+    Six a weight that takes part in a matrix product, and `12 · L · H · C · T` for attention
+    scores and values over a full context of T tokens, causality not deducted (the convention of
+    Chowdhery et al. 2022, appendix B, by which MFU is compared).
+
+    Args:
+        config: the model.
+        context: T; None is the model's context length.
+    """
+    specs = jax.tree.leaves(param_specs(config), is_leaf=is_spec)
+    weights = sum(math.prod(spec.shape) for spec in specs if spec.kind == "matrix")
+    weights += config.vocab_size * config.embed_dim
+    length = config.context_length if context is None else context
+    attention = 12 * config.num_layers * config.num_heads * config.head_width * length
+    return 6.0 * weights + attention
+
+
+def is_spec(node: Any) -> bool:
+    """Whether a node of the tree is a `ParamSpec`, for `jax.tree` functions."""
+    return isinstance(node, ParamSpec)

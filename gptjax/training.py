@@ -1,0 +1,237 @@
+"""One train step: a pure function from state to state, compiled once, its state donated."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gptjax import sharding
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+from gptjax.loss import Batch, LossOptions, loss_fn, loss_sums, target_weights
+from gptjax.params import Params, init_params, param_shardings
+
+if TYPE_CHECKING:
+    import optax
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a run carries from step to step."""
+
+    step: jax.Array
+    """Updates made, int32."""
+    params: Params
+    """Float32 master parameters."""
+    opt_state: Any
+    """The optax transformation's state."""
+    key: jax.Array
+    """Random key of the run; what a step draws comes from it and the step's number."""
+    ema_params: Params | None = None
+    """Exponential moving average of the parameters, or None."""
+
+
+def init_state(
+    config: ModelConfig,
+    optimizer: "optax.GradientTransformation",
+    key: jax.Array,
+    mesh: Mesh | None = None,
+    *,
+    params: Params | None = None,
+    ema: bool = False,
+) -> TrainState:
+    """A new state, each array straight into its place on the mesh.
+
+    Args:
+        config: the model.
+        optimizer: any optax transformation.
+        key: random key: one half draws the parameters, the other is the run's.
+        mesh: where the state lies; None is the default device.
+        params: start from these (copied) instead of drawing them.
+        ema: whether to keep an average of the parameters.
+    """
+    params_key, run_key = jax.random.split(key)
+    given = init_params(config, params_key, mesh) if params is None else params
+
+    def init(params: Params, key: jax.Array) -> TrainState:
+        # Copies, since the state will be donated and no two of its buffers may be the same.
+        copy = partial(jax.tree.map, lambda x: jnp.array(x, jnp.float32, copy=True))
+        ema_params = copy(params) if ema else None
+        return TrainState(
+            step=jnp.int32(0),
+            params=copy(params),
+            opt_state=optimizer.init(params),
+            key=key,
+            ema_params=ema_params,
+        )
+
+    shardings = None
+    if mesh is not None:
+        shardings = state_shardings(config, jax.eval_shape(init, given, run_key), mesh)
+    return jax.jit(init, out_shardings=shardings)(given, run_key)
+
+
+def abstract_state(
+    config: ModelConfig,
+    optimizer: "optax.GradientTransformation",
+    mesh: Mesh | None = None,
+    *,
+    ema: bool = False,
+) -> TrainState:
+    """The state's shapes, dtypes and (with a mesh) shardings, without any arrays.
+
+    What a checkpoint is restored into.
+    """
+    state = jax.eval_shape(partial(init_state, config, optimizer, ema=ema), jax.random.key(0))
+    if mesh is None:
+        return state
+    shardings = state_shardings(config, state, mesh)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, shardings
+    )
+
+
+def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh) -> TrainState:
+    """Where each array of a state lies: everything shaped like a parameter lies as it does."""
+    return sharding.like_params(
+        state, state.params, param_shardings(config, mesh), sharding.replicated(mesh)
+    )
+
+
+def make_train_step(
+    config: ModelConfig,
+    optimizer: "optax.GradientTransformation",
+    mesh: Mesh | None = None,
+    *,
+    accumulate: int = 1,
+    loss_options: LossOptions = LossOptions(),
+    ema_decay: float | None = None,
+    nonfinite: Literal["keep", "skip"] = "keep",
+) -> TrainStep:
+    """The compiled function `step(state, batch) -> (state, metrics)`.
+
+    Args:
+        config: the model.
+        optimizer: any optax transformation; updates are added to float32 parameters.
+        mesh: where the state and the batch lie; None is the default device.
+        accumulate: microbatches that a batch is split into along B. Their gradients are summed
+            before the update; the result equals the whole batch's, also where microbatches
+            differ in their number of counted tokens.
+        loss_options: see `LossOptions`.
+        ema_decay: decay rate of `TrainState.ema_params`; None leaves them.
+        nonfinite: "skip" leaves parameters and optimizer state as they were where the loss or the
+            gradient is not finite (the step still counts); "keep" makes the update all the same.
+
+    Returns:
+        The step. It donates the state: the one passed in is gone. Metrics are float32 scalars:
+        `loss` (mean over counted targets, before the update), `tokens` (sum of weights),
+        `grad_norm` (before clipping) and `skipped` (0 or 1).
+
+    Raises:
+        UserError: at the first call, if the batch does not divide into microbatches.
+    """
+
+    def gradients(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Params, Metrics]:
+        if accumulate == 1:
+            loss = partial(
+                loss_fn, batch=batch, config=config, options=loss_options, dropout_key=key
+            )
+            grads, metrics = jax.grad(loss, has_aux=True)(params)
+            return grads, metrics
+        # One normalizer for all microbatches: a mean of means would weight tokens unequally.
+        tokens = jnp.sum(target_weights(batch))
+        count = jnp.where(tokens > 0, tokens, 1.0)
+
+        def microbatch(carry: tuple[Params, jax.Array], inputs: tuple[Batch, jax.Array]):
+            grads, nll = carry
+            micro, index = inputs
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+
+            def objective(params: Params) -> tuple[jax.Array, jax.Array]:
+                total, sums = loss_sums(
+                    params, micro, config, options=loss_options, dropout_key=micro_key
+                )
+                return total / count, sums["nll"]
+
+            more, micro_nll = jax.grad(objective, has_aux=True)(params)
+            return (jax.tree.map(jnp.add, grads, more), nll + micro_nll), None
+
+        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+        (grads, nll), _ = jax.lax.scan(
+            microbatch, zeros, (split_batch(batch, accumulate), jnp.arange(accumulate))
+        )
+        return grads, {"loss": nll / count, "tokens": tokens}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        import optax
+
+        key = jax.random.fold_in(state.key, state.step) if config.dropout else None
+        grads, metrics = gradients(state.params, batch, key)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_decay is not None and ema_params is not None:
+            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+        new: Any = (params, opt_state, ema_params)
+        skipped = jnp.bool_(False)
+        if nonfinite == "skip":
+            skipped = ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
+            old = (state.params, state.opt_state, state.ema_params)
+            new = jax.tree.map(lambda before, after: jnp.where(skipped, before, after), old, new)
+        params, opt_state, ema_params = new
+        metrics |= {"grad_norm": grad_norm, "skipped": skipped.astype(jnp.float32)}
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            key=state.key,
+            ema_params=ema_params,
+        ), metrics
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+
+    place = abstract_state(config, optimizer, mesh, ema=ema_decay is not None)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, place)
+    jitted = jax.jit(
+        step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    def step_on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(mesh):
+            return jitted(state, batch)
+
+    return step_on_mesh
+
+
+def split_batch(batch: Batch, parts: int) -> Batch:
+    """Microbatches in front: `[B, T]` becomes `[parts, B / parts, T]`.
+
+    Row r goes to microbatch r mod `parts`: a batch that is split over devices by rows then stays
+    where it is, where consecutive rows would have to travel.
+
+    Raises:
+        UserError: if B does not divide by `parts`.
+    """
+    rows = batch["tokens"].shape[0]
+    if rows % parts:
+        legal = [n for n in range(1, rows + 1) if rows % n == 0]
+        raise UserError(
+            f"batch of {rows} rows does not divide into {parts} microbatches; "
+            f"accumulate one of {legal}"
+        )
+    return jax.tree.map(
+        lambda x: x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
