@@ -114,6 +114,12 @@ def generate(
     """
     prompts = [list(map(int, prompt)) for prompt in prompt_tokens]
     _check_prompts(prompts, config, sampling)
+    if sampling.overflow == "slide":
+        base = jax.random.key(0) if key is None else key
+        return [
+            _slide(params, prompt, config, sampling, jax.random.fold_in(base, row), row)
+            for row, prompt in enumerate(prompts)
+        ]
     N = sampling.max_new_tokens
     if not prompts or N == 0:
         return [[] for _ in prompts]
@@ -190,6 +196,36 @@ def generate_text(
     return continuations
 
 
+def _slide(
+    params: Params,
+    prompt: list[int],
+    config: ModelConfig,
+    sampling: Sampling,
+    key: jax.Array,
+    row: int,
+) -> list[int]:
+    """Continues one prompt past the context, from its last half each time that it is full."""
+    if sampling.seeds is not None:
+        key = jax.random.key(sampling.seeds[row])
+    half = max(1, config.context_length // 2)
+    new: list[int] = []
+    turn = 0
+    while len(new) < sampling.max_new_tokens:
+        seen = prompt + new
+        if len(seen) >= config.context_length:
+            seen = seen[-half:]
+        room = min(sampling.max_new_tokens - len(new), config.context_length - len(seen))
+        if room == 0:
+            raise UserError("a context of one token has no room to slide")
+        part = sampling.replace(max_new_tokens=room, overflow="error", seeds=None)
+        more = generate(params, [seen], config, part, jax.random.fold_in(key, turn))[0]
+        new += more
+        turn += 1
+        if len(more) < room:
+            break
+    return new
+
+
 @partial(jax.jit, static_argnames=("config", "filters", "slots", "room"))
 def _generate(
     params: Params,
@@ -252,11 +288,13 @@ def _check_prompts(prompts: list[list[int]], config: ModelConfig, sampling: Samp
                     f"prompt {row} has token id {token}, but ids run from 0 to "
                     f"{config.vocab_size - 1}; is it this model's tokenizer?"
                 )
-        if len(prompt) + sampling.max_new_tokens > config.context_length:
+        total = len(prompt) + sampling.max_new_tokens
+        if sampling.overflow == "error" and total > config.context_length:
             raise UserError(
                 f"prompt {row} of {len(prompt)} tokens and {sampling.max_new_tokens} new ones "
                 f"exceed the model's context of {config.context_length}; shorten the prompt or ask "
-                f"for at most {max(config.context_length - len(prompt), 0)} new tokens"
+                f"for at most {max(config.context_length - len(prompt), 0)} new tokens, or set "
+                "overflow='slide' to go on from the last half of a full context"
             )
     if sampling.seeds is not None and len(sampling.seeds) != len(prompts):
         raise UserError(f"{len(sampling.seeds)} seeds for {len(prompts)} prompts; one a prompt")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ class Sampling:
         stop: token ids, and for text strings, that end a continuation; they are not part of it.
         seeds: one integer a row. A row's draw then depends on its own seed alone, neither on the
             key nor on the rows beside it.
+        overflow: what happens where a prompt and its new tokens exceed the model's context:
+            "error"; or "slide", which continues from the last half of the context each time that
+            the context is full, row by row.
 
     Filters apply in the order temperature, top-k, top-p, min-p.
     """
@@ -35,6 +38,7 @@ class Sampling:
     min_p: float | None = None
     stop: tuple[int | str, ...] = ()
     seeds: tuple[int, ...] | None = None
+    overflow: Literal["error", "slide"] = "error"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))

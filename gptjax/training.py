@@ -1,6 +1,7 @@
 """One train step: a pure function from state to state, compiled once, its state donated."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -209,11 +210,24 @@ def make_train_step(
         donate_argnums=0,
     )
 
-    def step_on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(mesh):
-            return jitted(state, batch)
+    return _OnMesh(jitted, mesh)
 
-    return step_on_mesh
+
+@dataclass(frozen=True)
+class _OnMesh:
+    """A jitted function under the mesh that its constraints refer to."""
+
+    jitted: Any
+    mesh: Mesh
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(state, batch)
+
+    def lower(self, state: TrainState, batch: Batch) -> Any:
+        """Traces for these shapes, as a jitted function's `lower` does."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(state, batch)
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:

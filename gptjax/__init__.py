@@ -1,0 +1,84 @@
+"""GPT language models in JAX as pure functions.
+
+The names below are the public face. They are loaded when first used, so that importing gptjax costs
+little more than importing jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "ModelConfig": "gptjax.config",
+    "preset": "gptjax.config",
+    "UserError": "gptjax.errors",
+    "make_mesh": "gptjax.sharding",
+    "count_params": "gptjax.params",
+    "init_params": "gptjax.params",
+    "param_specs": "gptjax.params",
+    "Model": "gptjax.model",
+    "forward": "gptjax.model",
+    "LossOptions": "gptjax.loss",
+    "loss_fn": "gptjax.loss",
+    "OptimizerConfig": "gptjax.optimizer",
+    "make_optimizer": "gptjax.optimizer",
+    "TrainState": "gptjax.training",
+    "init_state": "gptjax.training",
+    "make_train_step": "gptjax.training",
+    "Sampling": "gptjax.sampling",
+    "generate": "gptjax.generation",
+    "generate_text": "gptjax.generation",
+    "FitResult": "gptjax.fitting",
+    "fit": "gptjax.fitting",
+    "load": "gptjax.pretrained.loading",
+}
+
+if TYPE_CHECKING:
+    from gptjax.config import ModelConfig, preset
+    from gptjax.errors import UserError
+    from gptjax.fitting import FitResult, fit
+    from gptjax.generation import generate, generate_text
+    from gptjax.loss import LossOptions, loss_fn
+    from gptjax.model import Model, forward
+    from gptjax.optimizer import OptimizerConfig, make_optimizer
+    from gptjax.params import count_params, init_params, param_specs
+    from gptjax.pretrained.loading import load
+    from gptjax.sampling import Sampling
+    from gptjax.sharding import make_mesh
+    from gptjax.training import TrainState, init_state, make_train_step
+
+__all__ = [
+    "FitResult",
+    "LossOptions",
+    "Model",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Sampling",
+    "TrainState",
+    "UserError",
+    "count_params",
+    "fit",
+    "forward",
+    "generate",
+    "generate_text",
+    "init_params",
+    "init_state",
+    "load",
+    "loss_fn",
+    "make_mesh",
+    "make_optimizer",
+    "make_train_step",
+    "param_specs",
+    "preset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gptjax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOMES))

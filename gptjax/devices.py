@@ -1,0 +1,78 @@
+"""What a device can do: the matrix rate that utilization is measured against, and memory in use."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 (V100, T4: float16) operations a second of one chip, from the vendors' data sheets,
+# by what `device_kind` contains; the longer name first where one contains another.
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+}
+
+
+def peak_flops(device: Any = None) -> float:
+    """The matrix rate of one device in floating-point operations a second.
+
+    By the data sheet for accelerators that are known here, otherwise (a CPU) measured with a
+    float32 product of two 1,024-wide matrices, which takes some tens of milliseconds.
+
+    Args:
+        device: a JAX device; None is the default one.
+    """
+    device = jax.devices()[0] if device is None else device
+    for kind, flops in _PEAK_FLOPS.items():
+        if kind in device.device_kind:
+            return flops
+    width = 1024
+    x = jax.device_put(jnp.ones((width, width)), device)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * width**3 / best
+
+
+def peak_bytes(compiled: Any) -> int | None:
+    """The most memory in use on one device so far, in bytes.
+
+    Where the backend keeps no count (a CPU), what the compiled program needs by XLA's own
+    analysis: arguments, outputs and temporaries, less what is aliased. None if neither is known.
+    """
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    return int(
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+
+
+def describe() -> str:
+    """The devices in a few words, such as "1 × NVIDIA H100 (gpu)"."""
+    devices = jax.devices()
+    return f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})"

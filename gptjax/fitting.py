@@ -1,0 +1,667 @@
+"""The training loop: data, progress, evaluation, samples, checkpoints, and stopping well."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax import devices, sharding
+from gptjax.checkpoint import CheckpointManager, diff_configs, lock_run
+from gptjax.config import EXECUTION_FIELDS, ModelConfig
+from gptjax.errors import UserError
+from gptjax.evaluation.perplexity import evaluate_loss, make_eval_step
+from gptjax.generation import generate_text
+from gptjax.loss import LossOptions
+from gptjax.model import Model
+from gptjax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from gptjax.params import Params, count_params, flops_per_token
+from gptjax.plots import plot_losses
+from gptjax.reporting import MetricsLog, Progress, duration, quantity
+from gptjax.sampling import Sampling
+from gptjax.training import TrainState, abstract_state, init_state, make_train_step
+
+if TYPE_CHECKING:
+    import optax
+
+    from gptjax.tokenizer import Tokenizer
+
+
+class NonFiniteLossError(UserError):
+    """The loss or the gradient stopped being a finite number."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `fit` returns.
+
+    Attributes:
+        state: the last state.
+        params: the parameters to use: the averaged ones where the optimizer keeps an average.
+        val_loss: loss of `params` over the whole evaluation data, or None without such data.
+        best_val_loss: the lowest of all evaluations.
+        finished: False where a signal stopped the run before its last step.
+        summary: what `summary.json` holds; empty where the run is not finished.
+        out: the run folder.
+    """
+
+    state: TrainState
+    params: Params
+    val_loss: float | None
+    best_val_loss: float | None
+    finished: bool
+    summary: dict[str, Any]
+    out: Path
+
+
+def fit(
+    config: ModelConfig,
+    optimizer: "OptimizerConfig | optax.GradientTransformation",
+    train_data: Any,
+    *,
+    steps: int,
+    out: str | Path,
+    eval_data: Iterable[dict[str, np.ndarray]] | None = None,
+    tokenizer: "Tokenizer | None" = None,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+    params: Params | None = None,
+    accumulate: int = 1,
+    eval_every: int | None = None,
+    checkpoint_every: int | None = None,
+    log_every: int = 1,
+    loss_options: LossOptions = LossOptions(),
+    nonfinite: Literal["stop", "skip"] = "stop",
+    sample_prompt: str | None = None,
+    sampling: Sampling = Sampling(max_new_tokens=400, temperature=0.8, overflow="slide"),
+    settings: dict[str, Any] | None = None,
+    wandb: str | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Trains a model to its last step, or resumes the run that `out` holds.
+
+    The sequence of batches, and with it the final parameters, do not depend on where the run was
+    stopped in between: on one machine they are bit for bit those of a run never stopped. Ctrl-C
+    and SIGTERM save a checkpoint after the step at hand and return; SIGKILL costs the steps since
+    the last checkpoint.
+
+    Args:
+        config: the model.
+        optimizer: a config, or any optax transformation (whose settings a resumed run then cannot
+            compare).
+        train_data: batches by position, `train_data[n]` being what step n trains on, such as a
+            `gptjax.data.BatchLoader` or a batched `grain.MapDataset`; or an iterator with
+            `get_state` and `set_state`, such as Grain's. See `loss.Batch` for what a batch holds.
+        steps: updates of the whole run.
+        out: the run folder; made where it is not there. Holds config.json, metrics.jsonl,
+            summary.json, loss.png, samples.txt, tensorboard/ and checkpoints/.
+        eval_data: batches to evaluate on, all of them each time.
+        tokenizer: saved with every checkpoint, and used for samples.
+        mesh: where the state and batches lie; None is the default device.
+        seed: of the parameters and dropout. The order of the data is `train_data`'s own.
+        params: start from these instead of drawing them.
+        accumulate: microbatches a batch is split into.
+        eval_every: steps between evaluations, each with a sample; None is a tenth of the run.
+        checkpoint_every: steps between checkpoints; None is a tenth of the run. The best
+            evaluation so far and the last step are saved as well.
+        log_every: steps between lines of metrics.jsonl. Every step's metrics are checked.
+        loss_options: additions to the loss and how its gradient is computed.
+        nonfinite: "stop" ends the run with `NonFiniteLossError`; "skip" leaves out the update.
+        sample_prompt: what samples continue; None is a line break, or the start of the data where
+            the tokenizer has none.
+        sampling: how samples are drawn.
+        settings: anything JSON-serializable that says what the run is, such as the data's name.
+            Saved with it, and a resumed run must come with the same.
+        wandb: a Weights & Biases project to log to.
+        progress: whether to print.
+
+    Returns:
+        The result; for a run that was finished before, what it had.
+
+    Raises:
+        UserError: before anything is compiled or written, if `out` holds another run or is in use,
+            if the data does not fit the model, or an argument is illegal.
+        NonFiniteLossError: see `nonfinite`; `nonfinite.json` in the run folder says where.
+    """
+    out = Path(out)
+    for name, value in (
+        ("steps", steps),
+        ("accumulate", accumulate),
+        ("eval_every", eval_every),
+        ("checkpoint_every", checkpoint_every),
+        ("log_every", log_every),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; at least 1")
+    transformation, schedule, ema_decay = _resolve(optimizer, config, steps)
+    identity = {
+        "model": config.to_dict(),
+        "optimizer": optimizer.to_dict() if isinstance(optimizer, OptimizerConfig) else None,
+        "run": {"seed": seed, "accumulate": accumulate, "loss": loss_options._asdict()}
+        | (settings or {}),
+    }
+    identity = json.loads(json.dumps(identity))
+    with lock_run(out), contextlib.ExitStack() as stack:
+        # Saving is cheap beside a step that people wait for; a tenth of a long run is not.
+        manager = stack.enter_context(CheckpointManager(out / "checkpoints"))
+        _refuse_other_run(out, manager, identity)
+        run = _Run(
+            config=config,
+            mesh=mesh,
+            steps=steps,
+            out=out,
+            manager=manager,
+            identity=identity,
+            tokenizer=tokenizer,
+            data=_DataPosition(train_data, config),
+            eval_data=list(eval_data) if isinstance(eval_data, Iterator) else eval_data,
+            eval_step=make_eval_step(config, mesh, loss_options),
+            schedule=schedule,
+            sampling=sampling,
+            nonfinite=nonfinite,
+            log_every=log_every,
+            eval_every=eval_every or max(1, steps // 10),
+            checkpoint_every=checkpoint_every or max(1, steps // 10),
+            use_ema=ema_decay is not None,
+        )
+        run.data.check(0)
+        state = run.restore(abstract_state(config, transformation, mesh, ema=run.use_ema))
+        if state is None:
+            state = init_state(
+                config, transformation, jax.random.key(seed), mesh, params=params, ema=run.use_ema
+            )
+        shown = stack.enter_context(Progress(steps, progress))
+        if run.step >= steps:
+            return run.already_finished(state, shown)
+        _write_json(out / "config.json", identity | {"steps": steps})
+        run.sample_prompt = run.choose_prompt(sample_prompt)
+        step_function = make_train_step(
+            config,
+            transformation,
+            mesh,
+            accumulate=accumulate,
+            loss_options=loss_options,
+            ema_decay=ema_decay,
+            nonfinite="skip" if nonfinite == "skip" else "keep",
+        )
+        log = stack.enter_context(
+            contextlib.closing(MetricsLog(out, run.step, identity, wandb_project=wandb))
+        )
+        stop = stack.enter_context(_stop_on_signals())
+        return run.train(state, step_function, log, shown, stop)
+
+
+@dataclass
+class _Run:
+    """The loop's own state, and the few things it does, in the order in which it does them."""
+
+    config: ModelConfig
+    mesh: Mesh | None
+    steps: int
+    out: Path
+    manager: CheckpointManager
+    identity: dict[str, Any]
+    tokenizer: "Tokenizer | None"
+    data: "_DataPosition"
+    eval_data: Iterable[dict[str, np.ndarray]] | None
+    eval_step: Any
+    schedule: Any
+    sampling: Sampling
+    nonfinite: str
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    use_ema: bool
+    sample_prompt: str | None = None
+    step: int = 0
+    tokens: float = 0.0
+    train_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    saved_step: int | None = None
+    peak_bytes: int | None = None
+    last_sample: str = ""
+
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The newest good checkpoint's state, with the loop's own counters set; None if none."""
+        if self.manager.latest_step() is None:
+            return None
+        restored = self.manager.restore(abstract)
+        self.step = self.saved_step = restored.step
+        for name, value in restored.metadata["progress"].items():
+            setattr(self, name, value)
+        self.data.restore(restored.metadata["data"])
+        return restored.state
+
+    def train(
+        self, state: TrainState, step_function: Any, log: MetricsLog, shown: Progress, stop: "_Stop"
+    ) -> FitResult:
+        """Runs the steps that are left."""
+        start_step = self.step
+        shown.message(
+            f"{quantity(count_params(self.config))} parameters on {devices.describe()}, "
+            f"{self.steps - start_step} steps"
+            + (f" (resuming at step {start_step})" if start_step else "")
+        )
+        batch = self.place(self.data.next())
+        with shown.waiting("compiling the train step"):
+            begin = time.perf_counter()
+            compiled = step_function.lower(state, batch).compile()
+            self.compile_seconds += time.perf_counter() - begin
+        self.peak_bytes = devices.peak_bytes(compiled)
+        meter = _Meter(self.config, self.mesh)
+        pending: dict[str, jax.Array] | None = None
+        while self.step < self.steps and not stop.asked:
+            begin = time.perf_counter()
+            state, metrics = compiled(state, batch)
+            # While the device works: the next batch, and the metrics of the step before.
+            self.step += 1
+            last = self.step == self.steps
+            data_after = self.data.save()
+            if not last:
+                batch = self.place(self.data.next())
+            if pending is not None:
+                self.record(self.step - 1, pending, log, shown, meter)
+            pending = metrics
+            evaluate = self.step % self.eval_every == 0 or last
+            save = self.step % self.checkpoint_every == 0 or last
+            if evaluate or save:
+                self.record(self.step, metrics, log, shown, meter)
+                pending = None
+                self.train_seconds += time.perf_counter() - begin
+                improved = evaluate and self.evaluate(state, log, shown)
+                log.flush()
+                if save or improved:
+                    self.checkpoint(state, data_after, self.val_loss if evaluate else None)
+                meter.restart()
+            else:
+                self.train_seconds += time.perf_counter() - begin
+        if self.step < self.steps:
+            if pending is not None:
+                self.record(self.step, pending, log, shown, meter)
+                log.flush()
+            if self.saved_step != self.step:
+                self.checkpoint(state, self.data.save_before(), None)
+            self.manager.wait()
+            shown.message(
+                f"stopped by {stop.name} after step {self.step} and saved in {self.out}; run the "
+                "same command again to continue"
+            )
+            return self.result(state, finished=False, summary={})
+        self.manager.wait()
+        return self.finish(state, log, shown)
+
+    def record(
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        log: MetricsLog,
+        shown: Progress,
+        meter: "_Meter",
+    ) -> None:
+        """Fetches one step's metrics, waits for them, checks and writes them."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.tokens += values["tokens"]
+        rate = meter.count(values["tokens"])
+        row = {name: values[name] for name in ("loss", "grad_norm", "tokens")}
+        if self.schedule is not None:
+            row["learning_rate"] = float(self.schedule(step - 1))
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            self.on_nonfinite(step, row, log, shown)
+        if rate is not None:
+            row["tokens_per_second"], row["mfu"] = rate, meter.mfu(rate)
+        if step % self.log_every == 0 or step == self.steps:
+            log.write(step, row)
+        text = f"loss {row['loss']:.4f}"
+        if rate is not None:
+            left = (self.steps - step) * values["tokens"] / rate if rate else 0
+            text += f"  {quantity(rate)} tok/s  MFU {100 * row['mfu']:.0f} %  {duration(left)} left"
+        shown.update(step, text)
+
+    def on_nonfinite(
+        self, step: int, row: dict[str, float], log: MetricsLog, shown: Progress
+    ) -> None:
+        """Stops, with what is needed to look into it; or says that the step was skipped."""
+        if self.nonfinite == "skip":
+            shown.message(
+                f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}: update skipped"
+            )
+            return
+        self.manager.wait()
+        good = self.manager.latest_step()
+        _write_json(
+            self.out / "nonfinite.json",
+            {"step": step}
+            | {
+                name: str(value) if not math.isfinite(value) else value
+                for name, value in row.items()
+            }
+            | {"batch_position": step - 1, "last_good_checkpoint": good},
+        )
+        log.flush()
+        rate = f", learning rate {row['learning_rate']:.3g}" if "learning_rate" in row else ""
+        raise NonFiniteLossError(
+            f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step} (batch "
+            f"{step - 1}{rate}); the last good checkpoint is "
+            f"{'none' if good is None else f'step {good}'}, details in "
+            f"{self.out / 'nonfinite.json'}; lower the learning rate, or pass nonfinite=skip"
+        )
+
+    def evaluate(self, state: TrainState, log: MetricsLog, shown: Progress) -> bool:
+        """Evaluates and samples; whether the loss is the best so far."""
+        self.sample(state, shown)
+        if self.eval_data is None:
+            return False
+        begin = time.perf_counter()
+        self.val_loss = evaluate_loss(self.use_params(state), self.eval_data, self.eval_step)
+        improved = self.best_val_loss is None or self.val_loss < self.best_val_loss
+        if improved:
+            self.best_val_loss = self.val_loss
+        log.write(self.step, {"val_loss": self.val_loss})
+        shown.message(
+            f"step {self.step}: validation loss {self.val_loss:.4f}"
+            f"{' (best)' if improved else ''}, {time.perf_counter() - begin:.1f} s"
+        )
+        return improved
+
+    def sample(self, state: TrainState, shown: Progress) -> None:
+        """Appends a continuation of the prompt to samples.txt."""
+        if self.tokenizer is None or self.sample_prompt is None:
+            return
+        model = Model(self.config, self.use_params(state), self.tokenizer)
+        key = jax.random.fold_in(jax.random.key(0), self.step)
+        self.last_sample = (
+            self.sample_prompt + generate_text(model, self.sample_prompt, self.sampling, key)[0]
+        )
+        path = self.out / "samples.txt"
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        # A resumed run goes through steps again; a sample of theirs replaces the one there.
+        blocks = re.split(r"(?m)^(?==== step \d+ ===$)", before)
+        kept = [b for b in blocks if b and int(b.split()[2]) < self.step]
+        _write_text(path, "".join(kept) + f"=== step {self.step} ===\n{self.last_sample}\n\n")
+
+    def checkpoint(self, state: TrainState, data: Any, metric: float | None) -> None:
+        """Starts saving; the arrays are copied before this returns."""
+        progress = ("tokens", "train_seconds", "compile_seconds", "val_loss", "best_val_loss")
+        metadata = self.identity | {
+            "data": data,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.to_dict(),
+            "progress": {name: getattr(self, name) for name in progress},
+            "steps": self.steps,
+        }
+        self.manager.save(self.step, state, metadata, metric=metric)
+        self.saved_step = self.step
+
+    def finish(self, state: TrainState, log: MetricsLog, shown: Progress) -> FitResult:
+        """Writes summary and picture, and prints how it went."""
+        log.flush()
+        plot_losses({self.out.name: self.out}, self.out / "loss.png")
+        summary = {
+            "val_loss": self.val_loss,
+            "best_val_loss": self.best_val_loss,
+            "steps": self.step,
+            "tokens": int(self.tokens),
+            "params": count_params(self.config),
+            "params_sha256": params_sha256(state.params),
+            "compile_seconds": round(self.compile_seconds, 3),
+            "train_seconds": round(self.train_seconds, 3),
+            "peak_bytes": self.peak_bytes,
+        }
+        _write_json(self.out / "summary.json", summary)
+        if self.tokenizer is not None and self.sample_prompt is not None:
+            shown.message(f"sample:\n{self.last_sample}\n")
+        loss = "" if self.val_loss is None else f"validation loss {self.val_loss:.4f}, "
+        shown.message(
+            f"{loss}{quantity(self.tokens)} tokens in {duration(self.train_seconds)} (and "
+            f"{duration(self.compile_seconds)} of compiling); loss curve: {self.out / 'loss.png'}"
+        )
+        return self.result(state, finished=True, summary=summary)
+
+    def already_finished(self, state: TrainState, shown: Progress) -> FitResult:
+        """Says that there is nothing to do."""
+        path = self.out / "summary.json"
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        loss = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
+        shown.message(
+            f"{self.out} is finished: {self.step} steps{loss}; raise steps to train it further, or "
+            "choose another out folder"
+        )
+        return self.result(state, finished=True, summary=summary)
+
+    def result(self, state: TrainState, finished: bool, summary: dict[str, Any]) -> FitResult:
+        return FitResult(
+            state=state,
+            params=self.use_params(state),
+            val_loss=self.val_loss,
+            best_val_loss=self.best_val_loss,
+            finished=finished,
+            summary=summary,
+            out=self.out,
+        )
+
+    def use_params(self, state: TrainState) -> Params:
+        return state.params if state.ema_params is None else state.ema_params
+
+    def place(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Starts the batch's way to the device."""
+        where = None if self.mesh is None else sharding.batch_sharding(self.mesh)
+        return jax.device_put(batch, where)
+
+    def choose_prompt(self, given: str | None) -> str | None:
+        """What samples continue."""
+        if self.tokenizer is None:
+            return None
+        if given is not None:
+            self.tokenizer.encode(given)
+            return given
+        try:
+            if self.tokenizer.encode("\n"):
+                return "\n"
+        except UserError:
+            pass
+        return self.tokenizer.decode([int(self.data.first["tokens"][0, 0])])
+
+
+class _DataPosition:
+    """Batches in order, with a position that JSON holds."""
+
+    def __init__(self, data: Any, config: ModelConfig):
+        self._indexed = hasattr(data, "__getitem__")
+        if not self._indexed and not hasattr(data, "__next__"):
+            if not hasattr(data, "__iter__"):
+                raise UserError(
+                    f"train_data is a {type(data).__name__}; give batches by position "
+                    "(data[n]), or an iterator of batches with get_state and set_state"
+                )
+            data = iter(data)
+        if not self._indexed and not hasattr(data, "get_state"):
+            raise UserError(
+                f"train_data is a {type(data).__name__} without get_state and set_state, so a "
+                "stopped run could not resume exactly; give batches by position (data[n])"
+            )
+        self._data = data
+        self._config = config
+        self._position = 0
+        self._before: Any = None
+        self.first: dict[str, np.ndarray] = {}
+
+    def check(self, position: int) -> None:
+        """Looks at one batch before anything is compiled.
+
+        Raises:
+            UserError: if it does not fit the model.
+        """
+        state = self.save()
+        batch = {name: np.asarray(value) for name, value in self.next().items()}
+        self.restore(state)
+        for name in ("tokens", "targets"):
+            if name not in batch:
+                raise UserError(f"batches hold {sorted(batch)}, but need {name!r}")
+        T, V = batch["tokens"].shape[1], self._config.vocab_size
+        if self._config.context_length < T:
+            raise UserError(
+                f"batches have {T} tokens a row, but the model's context is "
+                f"{self._config.context_length}; cut shorter rows or raise context_length"
+            )
+        for name in ("tokens", "targets"):
+            largest = int(batch[name].max())
+            if largest >= V:
+                raise UserError(
+                    f"{name} hold id {largest}, but the model's vocab_size is {V}; set vocab_size "
+                    "to the tokenizer's"
+                )
+        self.first = batch
+
+    def next(self) -> dict[str, np.ndarray]:
+        self._before = self.save()
+        batch = self._data[self._position] if self._indexed else next(self._data)
+        self._position += 1
+        return batch
+
+    def save(self) -> Any:
+        """The position of the batch that `next` gives."""
+        if self._indexed:
+            return {"position": self._position}
+        state = self._data.get_state()
+        return {"state": state.decode() if isinstance(state, bytes) else state}
+
+    def save_before(self) -> Any:
+        """The position of the batch that `next` gave last."""
+        return self._before
+
+    def restore(self, saved: Any) -> None:
+        """Continues from a saved position."""
+        if self._indexed:
+            self._position = saved["position"]
+        else:
+            state = saved["state"]
+            was_bytes = isinstance(self._data.get_state(), bytes)
+            self._data.set_state(state.encode() if was_bytes else state)
+
+
+class _Meter:
+    """Tokens a second since the last pause, and what share of the chips' matrix rate that is."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh | None):
+        count = 1 if mesh is None else mesh.size
+        self._flops = flops_per_token(config)
+        self._peak = devices.peak_flops() * count
+        self.restart()
+
+    def restart(self) -> None:
+        self._tokens, self._start = 0.0, time.perf_counter()
+
+    def count(self, tokens: float) -> float | None:
+        """Counts a step that is done; the rate, once it means something."""
+        self._tokens += tokens
+        seconds = time.perf_counter() - self._start
+        return self._tokens / seconds if seconds > 0 else None
+
+    def mfu(self, rate: float) -> float:
+        """Model FLOPs utilization, 0 to 1."""
+        return rate * self._flops / self._peak
+
+
+class _Stop:
+    """Whether a signal asked the run to stop, and its name."""
+
+    asked = False
+    name = ""
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[_Stop]:
+    """Makes SIGINT and SIGTERM ask for a stop after the step at hand; a second one is not held."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous: dict[int, Any] = {}
+
+    def ask(number: int, _: Any) -> None:
+        stop.asked, stop.name = True, signal.Signals(number).name
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _resolve(optimizer: Any, config: ModelConfig, steps: int) -> tuple[Any, Any, float | None]:
+    """The transformation, its learning-rate schedule and EMA rate where known."""
+    if not isinstance(optimizer, OptimizerConfig):
+        return optimizer, None, None
+    schedule = make_schedule(optimizer, optimizer.learning_rate, steps)
+    return make_optimizer(optimizer, config, steps), schedule, optimizer.ema_decay
+
+
+def _refuse_other_run(out: Path, manager: CheckpointManager, identity: dict[str, Any]) -> None:
+    """Compares with the run that the folder holds.
+
+    Raises:
+        UserError: if it is another, field by field.
+    """
+    path = out / "config.json"
+    if not path.exists():
+        if manager.latest_step() is not None:
+            raise UserError(
+                f"{out} holds checkpoints but no config.json; choose another out folder"
+            )
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    differences = diff_configs(
+        {name: _comparable(stored.get(name)) for name in identity},
+        {name: _comparable(identity[name]) for name in identity},
+    )
+    if differences:
+        raise UserError(
+            f"{out} holds another run: {'; '.join(differences)}; use its settings to resume it, or "
+            "choose another out folder"
+        )
+
+
+def _comparable(part: Any) -> Any:
+    """Without the fields that say only how things are computed."""
+    if not isinstance(part, dict):
+        return {}
+    return {name: value for name, value in part.items() if name not in EXECUTION_FIELDS}
+
+
+def params_sha256(params: Params) -> str:
+    """A hash of parameters: of their paths and float32 values, in the order of the paths."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).tobytes())
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replaces a file at once, so that a kill leaves the old one or the new one."""
+    replacement = path.with_name(path.name + ".new")
+    replacement.write_text(text, encoding="utf-8")
+    os.replace(replacement, path)
+
+
+__all__ = ["FitResult", "NonFiniteLossError", "fit", "params_sha256"]

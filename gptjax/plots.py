@@ -1,0 +1,69 @@
+"""Pictures of runs, in one style."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def read_metrics(run: str | Path) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
+    rows = []
+    for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_losses(runs: Mapping[str, str | Path], png: str | Path) -> None:
+    """Draws training and validation loss over steps.
+
+    Args:
+        runs: label -> run folder.
+        png: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for number, (label, run) in enumerate(runs.items()):
+        rows = read_metrics(run)
+        color = f"C{number}"
+        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        if train:
+            steps, losses = zip(*train, strict=True)
+            axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(
+                steps, _smoothed(losses), color=color, linewidth=1.4, label=f"{label} training"
+            )
+        validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+        if validation:
+            steps, losses = zip(*validation, strict=True)
+            axes.plot(
+                steps,
+                losses,
+                color=color,
+                linestyle="--",
+                marker="o",
+                markersize=3.5,
+                linewidth=1.2,
+                label=f"{label} validation (last {losses[-1]:.4f})",
+            )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.savefig(png)
+
+
+def _smoothed(values: tuple[float, ...], weight: float = 0.95) -> list[float]:
+    """An exponential moving average, its start corrected as Adam's moments are."""
+    smooth, average, mass = [], 0.0, 0.0
+    for value in values:
+        average = weight * average + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        smooth.append(average / mass)
+    return smooth

@@ -1,0 +1,1 @@
+"""Models from elsewhere, and back: one file a family, one for each file format."""

@@ -1,0 +1,186 @@
+"""What a run tells: a line of metrics a step in files, and progress on the terminal."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import UserError
+
+
+class MetricsLog:
+    """Writes metrics to `metrics.jsonl`, TensorBoard event files and, if asked, Weights & Biases.
+
+    Args:
+        out: the run folder.
+        resume_step: lines after this step are dropped: the run goes through these steps again.
+        settings: what W&B shows as the run's config.
+        wandb_project: the W&B project to log to; None does not.
+
+    Raises:
+        UserError: if W&B is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        resume_step: int,
+        settings: dict[str, Any],
+        wandb_project: str | None = None,
+    ):
+        self._wandb = None
+        if wandb_project is not None:
+            try:
+                import wandb  # pyright: ignore[reportMissingImports]
+            except ImportError:
+                raise UserError(
+                    "Weights & Biases is asked for but not installed; pip install wandb"
+                ) from None
+            # The folder's name as the id, so that a resumed run goes on in the same chart.
+            self._wandb = wandb.init(
+                project=wandb_project, name=out.name, id=out.name, resume="allow", config=settings
+            )
+        from tensorboardX import SummaryWriter
+
+        self._path = out / "metrics.jsonl"
+        keep_steps(self._path, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes one step's metrics; the line reaches the file at the next `flush`."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def flush(self) -> None:
+        """Brings what was written to the disk."""
+        self._file.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Drops the lines of a JSONL file that belong to later steps, or were cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+        if step <= last:
+            kept.append(line + "\n")
+    replacement = path.with_name(path.name + ".new")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    os.replace(replacement, path)
+
+
+class Progress:
+    """A bar with loss, tokens/s, MFU and time left on a terminal; elsewhere a line now and then.
+
+    A context manager. `show=False` prints nothing at all.
+    """
+
+    def __init__(self, steps: int, show: bool = True):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        self._show = show
+        self._console = Console(highlight=False, quiet=not show)
+        self._live = show and self._console.is_terminal
+        self._last_line = time.monotonic()
+        self._steps = steps
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("training", total=steps, text="", start=True)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Shows what is waited for and, afterwards, how long it took."""
+        start = time.monotonic()
+        if self._live:
+            from rich.progress import Progress as Bar
+            from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            self._bar.stop()
+            spinner = Bar(
+                SpinnerColumn(),
+                TextColumn(f"{what} …"),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            with spinner:
+                spinner.add_task(what, total=None)
+                yield
+            self._bar.start()
+        else:
+            self.message(f"{what} …")
+            yield
+        self.message(f"{what} … {time.monotonic() - start:.1f} s")
+
+    def update(self, step: int, text: str, every_seconds: float = 10.0) -> None:
+        """Sets the bar to `step` of all, with a text beside it."""
+        if self._live:
+            self._bar.update(self._task, completed=step, text=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= every_seconds or step == self._steps:
+            self._last_line = now
+            self.message(f"step {step}/{self._steps}  {text}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: "45 s", "3 min 20 s", "2 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def quantity(number: float) -> str:
+    """A number with a metric prefix: "38.2 k", "1.20 M"."""
+    for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{prefix}"
+    return f"{number:.3g}"
+
+
+def print_error(error: Exception) -> None:
+    """One line on standard error, without a traceback."""
+    print(f"error: {error}", file=sys.stderr)
