@@ -77,3 +77,7 @@ def _main() -> None:
     if args[0] not in COMMANDS:
         raise UserError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
     generate(parse_flags(Generate, None, COMMANDS["generate"], args[1:]))
+
+
+if __name__ == "__main__":
+    main()

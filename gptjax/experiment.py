@@ -1,9 +1,12 @@
 """What every training script shares: its settings as flags, its run, and its errors in one line."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
@@ -99,9 +102,7 @@ def train(experiment: Experiment) -> FitResult:
     return fit(
         model,
         experiment.optimizer,
-        BatchLoader(
-            corpus.train, batch_size=experiment.batch_size, seed=experiment.seed, **cut
-        ),
+        BatchLoader(corpus.train, batch_size=experiment.batch_size, seed=experiment.seed, **cut),
         steps=experiment.steps,
         out=experiment.out,
         eval_data=evaluation_batches(
@@ -155,33 +156,51 @@ def parse_flags(
     """Reads a dataclass from the command line.
 
     Raises:
-        UserError: for an unknown flag, naming the nearest.
+        UserError: for an unknown flag, naming the nearest, or an illegal value.
     """
     import tyro
 
     args = sys.argv[1:] if args is None else args
-    if default is not None and dataclasses.is_dataclass(default):
-        flags = list(_flags(default, ""))
-        for arg in args:
-            flag = arg.partition("=")[0].replace("_", "-")
-            if flag.startswith("--") and len(flag) > 2 and flag not in flags:
-                close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
-                hint = f"did you mean {close[0]}?" if close else "--help lists them"
-                raise UserError(f"unknown flag {flag}; {hint}")
-    return tyro.cli(
-        kind,
-        default=default,
-        description=description,
-        args=args,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    flags = list(_flags(kind if default is None else default, ""))
+    for arg in args:
+        flag = arg.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and len(flag) > 2 and flag not in flags:
+            close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "--help lists them"
+            raise UserError(f"unknown flag {flag}; {hint}")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                description=description,
+                args=args,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(_without_box(complaint.getvalue())) from None
 
 
-def _flags(settings: object, prefix: str):
+def _without_box(text: str) -> str:
+    """What a box, of lines or of ASCII, says between its title and its first rule, in one line."""
+    inside = [line.strip("│ ") for line in text.splitlines()[1:]]
+    lines = itertools.dropwhile(_is_rule, inside)
+    message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), lines))
+    return message.rstrip(".") + "; --help lists the flags"
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─-")
+
+
+def _flags(settings: object, prefix: str) -> Iterator[str]:
     yield from ("--help", "--tyro-print-completion", "--tyro-write-completion")
     for field in dataclasses.fields(settings):  # pyright: ignore[reportArgumentType]
         name = prefix + field.name.replace("_", "-")
-        value = getattr(settings, field.name)
+        value = getattr(settings, field.name, None)
         if dataclasses.is_dataclass(value):
             yield from _flags(value, name + ".")
         else:
@@ -194,11 +213,9 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     Status 0 where it went well (also where a signal stopped a run that can be resumed), 2 where
     the user's input was refused, 1 where a run failed.
     """
-    from gptjax.checkpoint import quiet_logging
     from gptjax.fitting import NonFiniteLossError
 
     configure_jax()
-    quiet_logging()
     status = 0
     try:
         command()
@@ -223,7 +240,7 @@ def configure_jax() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         cache = Path.home() / ".cache" / "gptjax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -6,11 +6,10 @@ import json
 import math
 import os
 import re
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +20,7 @@ from jax.sharding import Mesh
 from gptjax import devices, sharding
 from gptjax.checkpoint import CheckpointManager, diff_configs, lock_run
 from gptjax.config import EXECUTION_FIELDS, ModelConfig
+from gptjax.data.position import DataPosition
 from gptjax.errors import UserError
 from gptjax.evaluation.perplexity import evaluate_loss, make_eval_step
 from gptjax.generation import generate_text
@@ -29,14 +29,26 @@ from gptjax.model import Model
 from gptjax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from gptjax.params import Params, count_params, flops_per_token
 from gptjax.plots import plot_losses
-from gptjax.reporting import MetricsLog, Progress, duration, quantity
+from gptjax.reporting import MetricsLog, Progress, duration, quantity, require_wandb
 from gptjax.sampling import Sampling
-from gptjax.training import TrainState, abstract_state, init_state, make_train_step
+from gptjax.signals import Stop, stop_on_signals
+from gptjax.training import TrainState, abstract_state, init_state, make_train_step, split_batch
 
 if TYPE_CHECKING:
     import optax
 
     from gptjax.tokenizer import Tokenizer
+
+
+# The loop's counters that a checkpoint carries on.
+_PROGRESS = (
+    "tokens",
+    "train_seconds",
+    "compile_seconds",
+    "val_loss",
+    "best_val_loss",
+    "peak_bytes",
+)
 
 
 class NonFiniteLossError(UserError):
@@ -145,6 +157,8 @@ def fit(
     ):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; at least 1")
+    if wandb is not None:
+        require_wandb()
     transformation, schedule, ema_decay = _resolve(optimizer, config, steps)
     identity = {
         "model": config.to_dict(),
@@ -165,7 +179,7 @@ def fit(
             manager=manager,
             identity=identity,
             tokenizer=tokenizer,
-            data=_DataPosition(train_data, config),
+            data=DataPosition(train_data),
             eval_data=list(eval_data) if isinstance(eval_data, Iterator) else eval_data,
             eval_step=make_eval_step(config, mesh, loss_options),
             schedule=schedule,
@@ -176,7 +190,10 @@ def fit(
             checkpoint_every=checkpoint_every or max(1, steps // 10),
             use_ema=ema_decay is not None,
         )
-        run.data.check(0)
+        first = run.data.check(config, steps)
+        if accumulate > 1:
+            jax.eval_shape(partial(split_batch, parts=accumulate), first)
+        run.sample_prompt = run.choose_prompt(sample_prompt, first)
         state = run.restore(abstract_state(config, transformation, mesh, ema=run.use_ema))
         if state is None:
             state = init_state(
@@ -186,7 +203,6 @@ def fit(
         if run.step >= steps:
             return run.already_finished(state, shown)
         _write_json(out / "config.json", identity | {"steps": steps})
-        run.sample_prompt = run.choose_prompt(sample_prompt)
         step_function = make_train_step(
             config,
             transformation,
@@ -199,7 +215,7 @@ def fit(
         log = stack.enter_context(
             contextlib.closing(MetricsLog(out, run.step, identity, wandb_project=wandb))
         )
-        stop = stack.enter_context(_stop_on_signals())
+        stop = stack.enter_context(stop_on_signals())
         return run.train(state, step_function, log, shown, stop)
 
 
@@ -214,7 +230,7 @@ class _Run:
     manager: CheckpointManager
     identity: dict[str, Any]
     tokenizer: "Tokenizer | None"
-    data: "_DataPosition"
+    data: DataPosition
     eval_data: Iterable[dict[str, np.ndarray]] | None
     eval_step: Any
     schedule: Any
@@ -247,7 +263,7 @@ class _Run:
         return restored.state
 
     def train(
-        self, state: TrainState, step_function: Any, log: MetricsLog, shown: Progress, stop: "_Stop"
+        self, state: TrainState, step_function: Any, log: MetricsLog, shown: Progress, stop: Stop
     ) -> FitResult:
         """Runs the steps that are left."""
         start_step = self.step
@@ -302,7 +318,7 @@ class _Run:
             )
             return self.result(state, finished=False, summary={})
         self.manager.wait()
-        return self.finish(state, log, shown)
+        return self.finish(state, shown)
 
     def record(
         self,
@@ -395,19 +411,17 @@ class _Run:
 
     def checkpoint(self, state: TrainState, data: Any, metric: float | None) -> None:
         """Starts saving; the arrays are copied before this returns."""
-        progress = ("tokens", "train_seconds", "compile_seconds", "val_loss", "best_val_loss")
         metadata = self.identity | {
             "data": data,
             "tokenizer": None if self.tokenizer is None else self.tokenizer.to_dict(),
-            "progress": {name: getattr(self, name) for name in progress},
+            "progress": {name: getattr(self, name) for name in _PROGRESS},
             "steps": self.steps,
         }
         self.manager.save(self.step, state, metadata, metric=metric)
         self.saved_step = self.step
 
-    def finish(self, state: TrainState, log: MetricsLog, shown: Progress) -> FitResult:
-        """Writes summary and picture, and prints how it went."""
-        log.flush()
+    def finish(self, state: TrainState, shown: Progress) -> FitResult:
+        """Writes picture and summary, and prints how it went."""
         plot_losses({self.out.name: self.out}, self.out / "loss.png")
         summary = {
             "val_loss": self.val_loss,
@@ -421,7 +435,7 @@ class _Run:
             "peak_bytes": self.peak_bytes,
         }
         _write_json(self.out / "summary.json", summary)
-        if self.tokenizer is not None and self.sample_prompt is not None:
+        if self.last_sample:
             shown.message(f"sample:\n{self.last_sample}\n")
         loss = "" if self.val_loss is None else f"validation loss {self.val_loss:.4f}, "
         shown.message(
@@ -431,9 +445,11 @@ class _Run:
         return self.result(state, finished=True, summary=summary)
 
     def already_finished(self, state: TrainState, shown: Progress) -> FitResult:
-        """Says that there is nothing to do."""
+        """Says that there is nothing to do, once the summary, which is written last, is there."""
         path = self.out / "summary.json"
         summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if summary.get("steps") != self.step:
+            return self.finish(state, shown)
         loss = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
         shown.message(
             f"{self.out} is finished: {self.step} steps{loss}; raise steps to train it further, or "
@@ -460,7 +476,7 @@ class _Run:
         where = None if self.mesh is None else sharding.batch_sharding(self.mesh)
         return jax.device_put(batch, where)
 
-    def choose_prompt(self, given: str | None) -> str | None:
+    def choose_prompt(self, given: str | None, first: dict[str, np.ndarray]) -> str | None:
         """What samples continue."""
         if self.tokenizer is None:
             return None
@@ -472,84 +488,7 @@ class _Run:
                 return "\n"
         except UserError:
             pass
-        return self.tokenizer.decode([int(self.data.first["tokens"][0, 0])])
-
-
-class _DataPosition:
-    """Batches in order, with a position that JSON holds."""
-
-    def __init__(self, data: Any, config: ModelConfig):
-        self._indexed = hasattr(data, "__getitem__")
-        if not self._indexed and not hasattr(data, "__next__"):
-            if not hasattr(data, "__iter__"):
-                raise UserError(
-                    f"train_data is a {type(data).__name__}; give batches by position "
-                    "(data[n]), or an iterator of batches with get_state and set_state"
-                )
-            data = iter(data)
-        if not self._indexed and not hasattr(data, "get_state"):
-            raise UserError(
-                f"train_data is a {type(data).__name__} without get_state and set_state, so a "
-                "stopped run could not resume exactly; give batches by position (data[n])"
-            )
-        self._data = data
-        self._config = config
-        self._position = 0
-        self._before: Any = None
-        self.first: dict[str, np.ndarray] = {}
-
-    def check(self, position: int) -> None:
-        """Looks at one batch before anything is compiled.
-
-        Raises:
-            UserError: if it does not fit the model.
-        """
-        state = self.save()
-        batch = {name: np.asarray(value) for name, value in self.next().items()}
-        self.restore(state)
-        for name in ("tokens", "targets"):
-            if name not in batch:
-                raise UserError(f"batches hold {sorted(batch)}, but need {name!r}")
-        T, V = batch["tokens"].shape[1], self._config.vocab_size
-        if self._config.context_length < T:
-            raise UserError(
-                f"batches have {T} tokens a row, but the model's context is "
-                f"{self._config.context_length}; cut shorter rows or raise context_length"
-            )
-        for name in ("tokens", "targets"):
-            largest = int(batch[name].max())
-            if largest >= V:
-                raise UserError(
-                    f"{name} hold id {largest}, but the model's vocab_size is {V}; set vocab_size "
-                    "to the tokenizer's"
-                )
-        self.first = batch
-
-    def next(self) -> dict[str, np.ndarray]:
-        self._before = self.save()
-        batch = self._data[self._position] if self._indexed else next(self._data)
-        self._position += 1
-        return batch
-
-    def save(self) -> Any:
-        """The position of the batch that `next` gives."""
-        if self._indexed:
-            return {"position": self._position}
-        state = self._data.get_state()
-        return {"state": state.decode() if isinstance(state, bytes) else state}
-
-    def save_before(self) -> Any:
-        """The position of the batch that `next` gave last."""
-        return self._before
-
-    def restore(self, saved: Any) -> None:
-        """Continues from a saved position."""
-        if self._indexed:
-            self._position = saved["position"]
-        else:
-            state = saved["state"]
-            was_bytes = isinstance(self._data.get_state(), bytes)
-            self._data.set_state(state.encode() if was_bytes else state)
+        return self.tokenizer.decode([int(first["tokens"][0, 0])])
 
 
 class _Meter:
@@ -573,35 +512,6 @@ class _Meter:
     def mfu(self, rate: float) -> float:
         """Model FLOPs utilization, 0 to 1."""
         return rate * self._flops / self._peak
-
-
-class _Stop:
-    """Whether a signal asked the run to stop, and its name."""
-
-    asked = False
-    name = ""
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[_Stop]:
-    """Makes SIGINT and SIGTERM ask for a stop after the step at hand; a second one is not held."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous: dict[int, Any] = {}
-
-    def ask(number: int, _: Any) -> None:
-        stop.asked, stop.name = True, signal.Signals(number).name
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _resolve(optimizer: Any, config: ModelConfig, steps: int) -> tuple[Any, Any, float | None]:

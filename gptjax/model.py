@@ -4,6 +4,7 @@ Shapes are in the names: B batch, T tokens, S key slots, D model width, H query 
 C head width, F hidden width, V vocabulary, L layers. `x_BTD` is `[B, T, D]`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -197,9 +198,7 @@ def self_attention(
 ) -> tuple[jax.Array, LayerCache | None]:
     """Queries, keys and values from x, attention among them, and the output projection."""
     with jax.named_scope("qkv"):
-        q_BTHC = linear(x_BTD, params["query"], params.get("query_bias"))
-        k_BTKC = linear(x_BTD, params["key"], params.get("key_bias"))
-        v_BTKC = linear(x_BTD, params["value"], params.get("value_bias"))
+        q_BTHC, k_BTKC, v_BTKC = project_qkv(params, x_BTD, config)
         if config.qk_norm:
             q_BTHC = rms_norm(q_BTHC, params.get("query_norm", {}).get("scale"), config.norm_eps)
             k_BTKC = rms_norm(k_BTKC, params.get("key_norm", {}).get("scale"), config.norm_eps)
@@ -226,6 +225,33 @@ def self_attention(
         )
     with jax.named_scope("out"):
         return linear(out_BTHC, params["out"], params.get("out_bias"), inputs=2), cache
+
+
+def project_qkv(
+    params: Params, x_BTD: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries `[B, T, H, C]`, keys and values `[B, T, K, C]`."""
+    B, T, D = x_BTD.shape
+    H, K, C = config.num_heads, config.kv_heads, config.head_width
+    names = ("query", "key", "value")
+    biases = [params.get(f"{name}_bias") for name in names]
+    if T == 1:
+        # Decoding reads every weight for one token: copying them together would double that.
+        q, k, v = (
+            linear(x_BTD, params[name], bias) for name, bias in zip(names, biases, strict=True)
+        )
+        return q, k, v
+
+    # One wide product instead of three. Joined by key head, so that a split of the heads over a
+    # mesh stays where it is.
+    def join(parts: list[jax.Array], outer: tuple[int, ...]) -> jax.Array:
+        return jnp.concatenate([part.reshape(*outer, K, -1, C) for part in parts], axis=-2)
+
+    kernel = join([params[name].astype(x_BTD.dtype) for name in names], (D,))
+    bias = None if biases[0] is None else join([b for b in biases if b is not None], ())
+    qkv_BTKNC = linear(x_BTD, kernel, bias)
+    q_BTHC = qkv_BTKNC[..., :-2, :].reshape(B, T, H, C)
+    return q_BTHC, qkv_BTKNC[..., -2, :], qkv_BTKNC[..., -1, :]
 
 
 def mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
@@ -257,14 +283,52 @@ def activate(x: jax.Array, config: ModelConfig) -> jax.Array:
 
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
     """x · kernel + bias over the last `inputs` dimensions of x and the first of the kernel."""
-    out = jnp.tensordot(x, kernel.astype(x.dtype), inputs)
+    outer, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+    width = math.prod(kernel.shape[:inputs])
+    out = matmul(x.reshape(*outer, width), kernel.astype(x.dtype).reshape(width, -1))
+    out = out.reshape(*outer, *outputs)
     return out if bias is None else out + bias.astype(x.dtype)
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """`[..., I]` times `[I, O]`, its gradients as two plain products of matrices.
+
+    What JAX derives contracts the kernel's gradient in an order that XLA's CPU backend transposes
+    the large operand for, with all the work that made it fused into the transposition.
+    """
+    return jax.lax.dot_general(x, kernel_IO, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _matmul_forward(x: jax.Array, kernel_IO: jax.Array):
+    return matmul(x, kernel_IO), (x, kernel_IO)
+
+
+def _matmul_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
+    x, kernel_IO = residuals
+    x_NI = x.reshape(-1, kernel_IO.shape[0])
+    grad_NO = materialized(grad.reshape(-1, kernel_IO.shape[1]))
+    grad_x = jax.lax.dot_general(grad_NO, kernel_IO, (((1,), (1,)), ((), ())))
+    grad_kernel = jax.lax.dot_general(x_NI, grad_NO, (((0,), (0,)), ((), ())))
+    return grad_x.reshape(x.shape), grad_kernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def materialized(x: jax.Array) -> jax.Array:
+    """Keeps XLA's CPU backend from computing a value again in each of its users.
+
+    It fuses a cheap elementwise producer into every consumer, and so recomputes the residual
+    stream's whole sum, and its gradient's, in each block. Elsewhere this is the identity.
+    """
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def normalize(x_BTD: jax.Array, params: Params, config: ModelConfig) -> jax.Array:
     """LayerNorm or RMSNorm over the width, in float32."""
     if config.norm == "rmsnorm":
-        return rms_norm(x_BTD, params.get("scale"), config.norm_eps)
+        return materialized(rms_norm(x_BTD, params.get("scale"), config.norm_eps))
     x = x_BTD.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.norm_eps)
@@ -272,7 +336,7 @@ def normalize(x_BTD: jax.Array, params: Params, config: ModelConfig) -> jax.Arra
         x = x * params["scale"].astype(jnp.float32)
     if "bias" in params:
         x = x + params["bias"].astype(jnp.float32)
-    return x.astype(x_BTD.dtype)
+    return materialized(x.astype(x_BTD.dtype))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:

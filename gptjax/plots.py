@@ -1,6 +1,7 @@
 """Pictures of runs, in one style."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def plot_losses(runs: Mapping[str, str | Path], png: str | Path) -> None:
     for number, (label, run) in enumerate(runs.items()):
         rows = read_metrics(run)
         color = f"C{number}"
-        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        # A skipped step's loss is not a number, which a moving average would never forget.
+        train = [(r["step"], r["loss"]) for r in rows if math.isfinite(r.get("loss", math.nan))]
         if train:
             steps, losses = zip(*train, strict=True)
             axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)

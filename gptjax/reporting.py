@@ -1,6 +1,7 @@
 """What a run tells: a line of metrics a step in files, and progress on the terminal."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -20,9 +21,6 @@ class MetricsLog:
         resume_step: lines after this step are dropped: the run goes through these steps again.
         settings: what W&B shows as the run's config.
         wandb_project: the W&B project to log to; None does not.
-
-    Raises:
-        UserError: if W&B is asked for and not installed.
     """
 
     def __init__(
@@ -34,42 +32,54 @@ class MetricsLog:
     ):
         self._wandb = None
         if wandb_project is not None:
-            try:
-                import wandb  # pyright: ignore[reportMissingImports]
-            except ImportError:
-                raise UserError(
-                    "Weights & Biases is asked for but not installed; pip install wandb"
-                ) from None
+            import wandb  # pyright: ignore[reportMissingImports]
+
             # The folder's name as the id, so that a resumed run goes on in the same chart.
             self._wandb = wandb.init(
                 project=wandb_project, name=out.name, id=out.name, resume="allow", config=settings
             )
         from tensorboardX import SummaryWriter
 
+        self._row: dict[str, float] = {}
         self._path = out / "metrics.jsonl"
         keep_steps(self._path, resume_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes one step's metrics; the line reaches the file at the next `flush`."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Writes metrics of a step; one step's make one line, which `flush` brings to the file."""
+        if step != self._row.get("step"):
+            self._write_row()
+        self._row |= {"step": step, **metrics}
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
     def flush(self) -> None:
-        """Brings what was written to the disk."""
+        """Brings what was written to the disk: the steps so far are complete."""
+        self._write_row()
         self._file.flush()
         self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes everything."""
+        self._write_row()
         self._file.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _write_row(self) -> None:
+        if self._row:
+            self._file.write(json.dumps(self._row) + "\n")
+        self._row = {}
+
+
+def require_wandb() -> None:
+    """Raises the UserError that says that Weights & Biases is not installed, where it is not."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("Weights & Biases is asked for but not installed; pip install wandb")
 
 
 def keep_steps(path: Path, last: int) -> None:
@@ -181,6 +191,6 @@ def quantity(number: float) -> str:
     return f"{number:.3g}"
 
 
-def print_error(error: Exception) -> None:
+def print_error(error: BaseException) -> None:
     """One line on standard error, without a traceback."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

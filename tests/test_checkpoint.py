@@ -426,18 +426,26 @@ def test_truncated_missing_and_unfinished(tmp_path: Path, rng: np.random.Generat
             manager.restore(abstract(states[1]))
 
 
+def state_at(step: int) -> State:
+    """A state that depends on the step alone, made without compiling anything."""
+    rng = np.random.default_rng(step)
+    arrays = [jnp.asarray(rng.standard_normal((40, 50)), jnp.float32) for _ in range(3)]
+    key = jax.random.wrap_key_data(jnp.asarray(rng.integers(2**32, size=2), jnp.uint32))
+    moments = optax.ScaleByAdamState(jnp.int32(step), arrays[1], arrays[2])
+    return State(jnp.int32(step), {"w": arrays[0]}, (moments, optax.EmptyState()), key)
+
+
 KILLED = """
 import sys
-import numpy as np
 from gptjax.checkpoint import CheckpointManager
-from test_checkpoint import make_state
+from test_checkpoint import state_at
 
-make_state(np.random.default_rng(0))
+state_at(0)
 with CheckpointManager(sys.argv[1], keep_latest=2) as manager:
     sys.stdin.readline()
     step = (manager.latest_step() or 0) + 1
     while True:
-        manager.save(step, make_state(np.random.default_rng(step)), {"at": step})
+        manager.save(step, state_at(step), {"at": step})
         if step % 2:
             manager.wait()
             print(step, flush=True)
@@ -447,7 +455,7 @@ with CheckpointManager(sys.argv[1], keep_latest=2) as manager:
 
 def test_kill_at_any_moment(tmp_path: Path, rng: np.random.Generator) -> None:
     directory = tmp_path / "checkpoints"
-    example = make_state(np.random.default_rng(0))
+    example = state_at(0)
     kills, unfinished, step = 6, 0, 0
 
     def start() -> subprocess.Popen[str]:
@@ -484,7 +492,7 @@ def test_kill_at_any_moment(tmp_path: Path, rng: np.random.Generator) -> None:
                 restored = manager.restore(abstract(example))
                 assert restored.step == manager.latest_step() == restored.metadata["at"] > step
             step = restored.step
-            assert_same(restored.state, make_state(np.random.default_rng(step)))
+            assert_same(restored.state, state_at(step))
     finally:
         for process in waiting:
             process.kill()

@@ -1,4 +1,4 @@
-"""Batches by position: exact resume, every window once an epoch, every target once in evaluation."""
+"""Batches by position: exact resume, windows once an epoch, targets once an evaluation."""
 
 import hashlib
 import os
@@ -44,7 +44,8 @@ def test_targets_are_the_next_tokens(kind: type) -> None:
         batch = loader[position]
         assert batch.keys() == {"tokens", "targets"}
         for array in batch.values():
-            assert array.shape == (7, 12) and array.dtype == np.int32
+            assert array.shape == (7, 12)
+            assert array.dtype == np.int32
         assert (batch["targets"] == batch["tokens"] + 1).all()
         assert (np.diff(batch["tokens"], axis=1) == 1).all()
     assert loader.tokens_per_batch == 84
@@ -242,7 +243,7 @@ def test_errors() -> None:
     tokens = np.arange(16)
     with pytest.raises(UserError, match=r"16 tokens are too few .* 16, which needs 17.*at most 15"):
         BatchLoader(tokens, batch_size=2, context_length=16)
-    with pytest.raises(UserError, match="^0 tokens"):
+    with pytest.raises(UserError, match=r"^0 tokens"):
         BatchLoader(tokens[:0], batch_size=2, context_length=16)
     with pytest.raises(UserError, match="batch_size is 0"):
         BatchLoader(tokens, batch_size=0, context_length=4)

@@ -48,10 +48,13 @@ def write_parquet(path: Path, texts: list, key: str = "text") -> Path:
 
 
 def error_of(call, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
+    def run() -> None:
         result = call(*args, **kwargs)
         if hasattr(result, "__next__"):
             list(result)
+
+    with pytest.raises(UserError) as caught:
+        run()
     message = str(caught.value)
     assert "\n" not in message, "an error is one line"
     return message
@@ -144,7 +147,7 @@ def test_missing_sources(tmp_path: Path) -> None:
     (tmp_path / "input.txt").write_text("x")
     (tmp_path / "other.csv").write_text("x")
     # At once, not at the first document.
-    with pytest.raises(UserError, match="did you mean 'input.txt'"):
+    with pytest.raises(UserError, match=r"did you mean 'input\.txt'"):
         read_documents(tmp_path / "inptu.txt")
     assert "did you mean 'embedded'" in error_of(read_documents, "embeded")
     assert "does not exist either" in error_of(read_documents, tmp_path / "no" / "a.txt")
@@ -152,7 +155,8 @@ def test_missing_sources(tmp_path: Path) -> None:
     assert "remote" in error_of(read_documents, "gs://bucket/a.txt")
     (tmp_path / "input.txt").unlink()
     message = error_of(read_documents, tmp_path)
-    assert "holds no text: it has .csv" in message and ".parquet" in message
+    assert "holds no text: it has .csv" in message
+    assert ".parquet" in message
     (tmp_path / "a.bin").write_bytes(b"xx")
     assert "holds tokens, not text" in error_of(read_documents, tmp_path / "a.bin")
 
@@ -185,7 +189,8 @@ def test_embedded_is_real_text(embedded: list[str]) -> None:
     assert any('The "if" statement' in text for text in embedded)
     whole = "\n".join(embedded)
     for part in (json.__doc__, json.JSONDecoder.__doc__, json.JSONDecoder.raw_decode.__doc__):
-        assert part is not None and part.strip().splitlines()[0] in whole
+        assert part is not None
+        assert part.strip().splitlines()[0] in whole
     document = next(text for text in embedded if "JSON (JavaScript Object Notation)" in text)
     assert "Serialize ``obj``" in document, "one document a module"
 
@@ -196,7 +201,8 @@ def test_embedded_imports_nothing_of_what_it_reads() -> None:
         "heavy = {'grain', 'pyarrow', 'tokenizers', 'tensorflow_datasets', 'tensorflow', 'torch'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
         "before = set(sys.modules); texts = list(read_documents('embedded'));"
-        "new = {n for n in set(sys.modules) - before if not n.startswith(('pydoc_data', '_sysconfigdata'))};"
+        "own = ('pydoc_data', '_sysconfigdata');"
+        "new = {n for n in set(sys.modules) - before if not n.startswith(own)};"
         "assert not new, new; import hashlib;"
         "print(hashlib.sha256(repr(texts).encode()).hexdigest())"
     )
@@ -233,7 +239,8 @@ def test_embedded_documents_of_a_small_library(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f'"""{text}"""')
     (tmp_path / "nested.py").write_text(
-        "if True:\n    def f():\n        '''First.\n\n        second\n          third\n        '''\n"
+        "if True:\n    def f():\n"
+        "        '''First.\n\n        second\n          third\n        '''\n"
         f"        class A:\n            '{kept}'\n            x = 'not a docstring'\n"
     )
     assert list(read_documents("embedded")) == [
@@ -306,7 +313,8 @@ def test_tfds_reads_and_prepares_without_tensorflow(
     for spelled in ("gptjax_fables", "gptjax_fables:1.2.0", "gptjax_fables/short@train"):
         assert Counter(read_documents(f"tfds:{spelled}", data_dir=tfds_dir)) == expected
     part = list(read_documents("tfds:gptjax_fables@train[:10%]", data_dir=tfds_dir))
-    assert len(set(part)) == 60 and set(part) < set(expected)
+    assert len(set(part)) == 60
+    assert set(part) < set(expected)
     # Not prepared yet, and found by the environment variable.
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tfds_dir))
     test = list(read_documents("tfds:gptjax_fables/long:1.2.0@test"))
@@ -347,7 +355,8 @@ def test_a_single_document_is_cut_by_characters(tmp_path: Path, rng: np.random.G
         assert tokenizer.decode(corpus.train) == text[:cut]
         assert tokenizer.decode(corpus.validation) == text[cut:]
         assert tokenizer.alphabet == "".join(sorted(set(text)))
-        assert corpus.vocab_size == len(set(text)) and corpus.train.dtype == np.uint16
+        assert corpus.vocab_size == len(set(text))
+        assert corpus.train.dtype == np.uint16
 
 
 @pytest.mark.skipif(
@@ -368,17 +377,19 @@ def test_documents_split_by_their_text_alone(tmp_path: Path, rng: np.random.Gene
     assert 15 <= len(validation) <= 75, "about a tenth"
     shuffled = [texts[n] for n in rng.permutation(400)]
     again = sides(write_jsonl(tmp_path / "b.jsonl", shuffled))
-    assert set(again[0]) == set(train) and set(again[1]) == set(validation)
+    assert set(again[0]) == set(train)
+    assert set(again[1]) == set(validation)
     assert again[0] == [t for t in shuffled if t in set(train)], "the order within a side is kept"
     more = sides(write_jsonl(tmp_path / "c.jsonl", texts + words(rng, 100)))
     # Only the smallest hash can have moved, by giving way to a smaller one.
     assert len(set(validation) - set(more[1])) + len(set(train) - set(more[0])) <= 2
     half = sides(tmp_path / "a.jsonl", validation_fraction=0.5)
-    assert set(validation) <= set(half[1]) and 150 <= len(half[1]) <= 250
+    assert set(validation) <= set(half[1])
+    assert 150 <= len(half[1]) <= 250
 
 
 def test_copies_never_lie_on_both_sides(tmp_path: Path, rng: np.random.Generator) -> None:
-    texts = words(rng, 50) * 4 + ["", ""]
+    texts = [*words(rng, 50) * 4, "", ""]
     train, validation = sides(write_jsonl(tmp_path / "a.jsonl", texts), validation_fraction=0.4)
     assert not set(train) & set(validation)
     assert Counter(train + validation) == Counter(texts[:-2])
@@ -386,11 +397,12 @@ def test_copies_never_lie_on_both_sides(tmp_path: Path, rng: np.random.Generator
 
 def test_few_documents_still_fill_both_sides(tmp_path: Path, rng: np.random.Generator) -> None:
     for _ in range(30):
-        texts = words(rng, int(rng.integers(2, 4))) + [""]
+        texts = [*words(rng, int(rng.integers(2, 4))), ""]
         path = write_jsonl(tmp_path / "a.jsonl", texts)
         for fraction in (0.001, 0.999):
             corpus = load_corpus(path, tokenizer="bytes", validation_fraction=fraction)
-            assert len(corpus.train) and len(corpus.validation)
+            assert len(corpus.train)
+            assert len(corpus.validation)
 
 
 def test_too_little_text(tmp_path: Path) -> None:
@@ -398,7 +410,8 @@ def test_too_little_text(tmp_path: Path) -> None:
     assert "has 0 documents with text" in error_of(load_corpus, tmp_path / "a.txt")
     (tmp_path / "a.txt").write_text("x")
     message = error_of(load_corpus, tmp_path / "a.txt")
-    assert "has 1 characters" in message and "0 for train and 1 for validation" in message
+    assert "has 1 characters" in message
+    assert "0 for train and 1 for validation" in message
     same = write_jsonl(tmp_path / "b.jsonl", ["same", "same", "same", ""])
     assert "3 documents with text, 1 of them distinct" in error_of(load_corpus, same)
     for fraction in (0, 1, -0.1, 2):
@@ -416,7 +429,8 @@ def test_a_folder_that_is_split_already(tmp_path: Path, name: str, kind: str) ->
             {"jsonl": write_jsonl, "parquet": write_parquet}[kind](path, [text])
     corpus = load_corpus(tmp_path)
     assert corpus.tokenizer == CharTokenizer("abc")
-    assert corpus.train.tolist() == [0, 0, 1] and corpus.validation.tolist() == [1, 2, 2]
+    assert corpus.train.tolist() == [0, 0, 1]
+    assert corpus.validation.tolist() == [1, 2, 2]
     (tmp_path / "train.md").write_text("more")
     assert "keep one" in error_of(load_corpus, tmp_path)
 
@@ -435,15 +449,18 @@ def test_bpe_learns_from_train_alone(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("zqzq the " * 200)
     corpus = load_corpus(tmp_path, tokenizer="bpe", vocab_size=265)
     tokenizer = corpus.tokenizer
-    assert isinstance(tokenizer, BPETokenizer) and tokenizer.vocab_size == 265
-    assert len(tokenizer.encode("zqzq")) == 4 and len(tokenizer.encode(" the")) == 1
+    assert isinstance(tokenizer, BPETokenizer)
+    assert tokenizer.vocab_size == 265
+    assert len(tokenizer.encode("zqzq")) == 4
+    assert len(tokenizer.encode(" the")) == 1
     assert tokenizer.decode(corpus.validation) == "zqzq the " * 200
     (tmp_path / "folder").mkdir()
     library = tokenizer.to_dict()["json"]
     (tmp_path / "folder" / "tokenizer.json").write_text(library)
     for given in (tokenizer, tmp_path / "folder", str(tmp_path / "folder")):
         again = load_corpus(tmp_path, tokenizer=given)
-        assert (again.train == corpus.train).all() and again.vocab_size == 265
+        assert (again.train == corpus.train).all()
+        assert again.vocab_size == 265
 
 
 def test_tokenizers_that_cannot_be(tmp_path: Path) -> None:
@@ -478,10 +495,13 @@ def test_token_files_round_trip(tmp_path: Path, rng: np.random.Generator, vocab_
     assert sorted(p.name for p in folder.iterdir()) == ["a.v1.bin", "a.v1.json"]
     for name in ("a.v1", "a.v1.bin"):
         again = read_tokens(folder / name, vocab_size)
-        assert isinstance(again, np.memmap) and (again == tokens).all()
+        assert isinstance(again, np.memmap)
+        assert (again == tokens).all()
     corpus = load_corpus(path)
-    assert (corpus.train == tokens[:900]).all() and (corpus.validation == tokens[900:]).all()
-    assert corpus.tokenizer == ByteTokenizer() and corpus.vocab_size == vocab_size
+    assert (corpus.train == tokens[:900]).all()
+    assert (corpus.validation == tokens[900:]).all()
+    assert corpus.tokenizer == ByteTokenizer()
+    assert corpus.vocab_size == vocab_size
     assert isinstance(corpus.train, np.memmap)
 
 
@@ -492,12 +512,15 @@ def test_a_folder_of_token_files_as_nanogpt_writes_it(tmp_path: Path, validation
     (tmp_path / "meta.pkl").write_bytes(b"not read")
     (tmp_path / "input.txt").write_text("not read")
     corpus = load_corpus(tmp_path)
-    assert corpus.train.tolist() == list(range(90)) and len(corpus.validation) == 50
-    assert corpus.tokenizer is None and corpus.vocab_size == 90
+    assert corpus.train.tolist() == list(range(90))
+    assert len(corpus.validation) == 50
+    assert corpus.tokenizer is None
+    assert corpus.vocab_size == 90
     assert load_corpus(tmp_path, vocab_size=100).vocab_size == 100
     assert load_corpus(tmp_path, tokenizer="bytes").tokenizer == ByteTokenizer()
     message = error_of(load_corpus, tmp_path, vocab_size=60)
-    assert "id 60 at position 60" in message and "vocabulary of 60" in message
+    assert "id 60 at position 60" in message
+    assert "vocabulary of 60" in message
     assert "id 3 at position 3" in error_of(load_corpus, tmp_path, tokenizer=CharTokenizer("abc"))
     assert "tokenizer='bpe' is trained on text" in error_of(load_corpus, tmp_path, tokenizer="bpe")
 
@@ -508,7 +531,8 @@ def test_token_files_with_their_tokenizer(tmp_path: Path) -> None:
         write_tokens(tmp_path / name, np.array([0, 1, 2]), 3, tokenizer)
     for given in ("characters", tokenizer):
         corpus = load_corpus(tmp_path, tokenizer=given)
-        assert corpus.tokenizer == tokenizer and corpus.vocab_size == 3
+        assert corpus.tokenizer == tokenizer
+        assert corpus.vocab_size == 3
     assert "another tokenizer than 'bytes'" in error_of(load_corpus, tmp_path, tokenizer="bytes")
     assert "says 3" in error_of(load_corpus, tmp_path, vocab_size=4)
     write_tokens(tmp_path / "val", np.array([0, 1, 2]), 3, CharTokenizer("abd"))
@@ -528,11 +552,24 @@ def test_token_files_are_written_and_checked_in_chunks(
     assert "id 50 at position 38" in error_of(write_tokens, tmp_path / "b", tokens, 50)
 
 
+def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path) -> None:
+    class DiskFull(ByteTokenizer):
+        def to_dict(self) -> dict:
+            raise OSError("No space left on device")
+
+    write_tokens(tmp_path / "a", np.arange(9), 300)
+    with pytest.raises(OSError, match="No space"):
+        write_tokens(tmp_path / "a", np.arange(5), 70000, DiskFull())
+    assert read_tokens(tmp_path / "a").tolist() == list(range(9))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.json"]
+
+
 def test_token_files_refuse_what_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "a"
     tokens = np.array([1, 70000])
     message = error_of(write_tokens, path, tokens, 65536)
-    assert "id 70000 at position 1" in message and "vocabulary of 65536" in message
+    assert "id 70000 at position 1" in message
+    assert "vocabulary of 65536" in message
     assert "id -1" in error_of(write_tokens, path, np.array([-1]), 10)
     assert "1-D" in error_of(write_tokens, path, tokens[None], 70001)
     assert "float64" in error_of(write_tokens, path, tokens / 2, 70001)

@@ -118,7 +118,8 @@ def test_gpt2_files_in_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((GPT2 / name).read_bytes())
     tokenizer = BPETokenizer.from_directory(tmp_path)
-    assert tokenizer.encode("Hello world") == [15496, 995] and tokenizer.eos_id == 50256
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.eos_id == 50256
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "Hello"}}')
     assert BPETokenizer.from_directory(tmp_path).eos_id == 15496
 
@@ -130,20 +131,23 @@ def test_every_tokenizer_round_trips(rng: np.random.Generator, trained: BPEToken
         assert isinstance(tokenizer, Tokenizer)
         saved = json.loads(json.dumps(tokenizer.to_dict()))
         again = tokenizer_from_dict(saved)
-        assert type(again) is type(tokenizer) and again.to_dict() == tokenizer.to_dict()
+        assert type(again) is type(tokenizer)
+        assert again.to_dict() == tokenizer.to_dict()
         assert (again.vocab_size, again.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
         for text in texts:
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
             assert tokenizer.decode(np.array(ids, np.int32)) == text
-            assert again.encode(text) == ids and again.decode(ids) == text
+            assert again.encode(text) == ids
+            assert again.decode(ids) == text
             assert all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
             assert tokenizer.eos_id is None or tokenizer.eos_id not in ids
 
 
 def test_characters() -> None:
     tokenizer = CharTokenizer.from_text("banana\n")
-    assert tokenizer.alphabet == "\nabn" and tokenizer.encode("nab\n") == [3, 1, 2, 0]
+    assert tokenizer.alphabet == "\nabn"
+    assert tokenizer.encode("nab\n") == [3, 1, 2, 0]
     assert CharTokenizer.from_text(["ba", "nana\n"]) == tokenizer
     assert tokenizer.eos_id is None
     for text, place in (
@@ -171,7 +175,8 @@ def test_bytes_never_fail_to_decode(rng: np.random.Generator) -> None:
 
 def test_bpe_broken_utf8_becomes_replacement(trained: BPETokenizer) -> None:
     ids = trained.encode("🙂")
-    assert len(ids) == 4 and trained.decode(ids[:2]) == "\ufffd"
+    assert len(ids) == 4
+    assert trained.decode(ids[:2]) == "\ufffd"
 
 
 def test_ids_outside_the_vocabulary(trained: BPETokenizer) -> None:
@@ -183,7 +188,8 @@ def test_ids_outside_the_vocabulary(trained: BPETokenizer) -> None:
 
 def test_training_learns_and_is_deterministic(trained: BPETokenizer) -> None:
     text = ["the cat sat on the mat. The hat, the bat!\n"] * 3
-    assert trained.eos_id == 0 and 257 < trained.vocab_size <= 300
+    assert trained.eos_id == 0
+    assert 257 < trained.vocab_size <= 300
     assert trained.to_dict() == BPETokenizer.train(text, 300).to_dict()
     assert len(trained.encode(" the")) == 1
     assert BPETokenizer.train(["ab" * 50], 257).vocab_size == 257
@@ -232,7 +238,8 @@ def test_encode_documents_is_encode_joined(
             tail = [tokenizer.eos_id] if count > 1 and tokenizer.eos_id is not None else []
             expected = [i for text in documents for i in tokenizer.encode(text) + tail]
             tokens = encode_documents(tokenizer, iter(documents))
-            assert tokens.dtype == np.uint16 and tokens.ndim == 1
+            assert tokens.dtype == np.uint16
+            assert tokens.ndim == 1
             assert tokens.tolist() == expected
 
 
@@ -289,7 +296,8 @@ def test_truncation_in_a_file_is_not_obeyed(tmp_path: Path, trained: BPETokenize
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = BPETokenizer.from_directory(tmp_path)
     text = "the quick brown fox <|endoftext|>"
-    assert tokenizer.encode(text) == trained.encode(text) and tokenizer.eos_id == trained.eos_id
+    assert tokenizer.encode(text) == trained.encode(text)
+    assert tokenizer.eos_id == trained.eos_id
 
 
 def test_files_that_are_missing_or_broken(tmp_path: Path, trained: BPETokenizer) -> None:

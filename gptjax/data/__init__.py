@@ -1,4 +1,4 @@
-"""Text in, batches out: documents from a source, token arrays from documents, batches by position."""
+"""Documents from a source, token arrays from documents, batches from tokens by position."""
 
 from gptjax.data.corpus import Corpus, load_corpus
 from gptjax.data.loader import BatchLoader, evaluation_batches

@@ -98,8 +98,8 @@ def load_corpus(
         )
         if not train or not validation:
             raise UserError(
-                f"{str(source)!r} has {len(train)} train and {len(validation)} validation documents "
-                "with text: each needs one"
+                f"{str(source)!r} has {len(train)} train and {len(validation)} validation "
+                "documents with text: each needs one"
             )
     else:
         documents = read_documents(source, text_key=text_key, data_dir=data_dir)

@@ -115,7 +115,7 @@ class BatchLoader:
             return places * self.context_length
         starts = np.empty_like(rows)
         for epoch in np.unique(epochs):
-            # SeedSequence, for NumPy promises its numbers across versions; a Generator's it doesn't.
+            # SeedSequence: NumPy promises its numbers across versions, a Generator's it doesn't.
             order, shift = np.random.SeedSequence([self.seed, int(epoch)]).generate_state(2)
             here = epochs == epoch
             windows = _shuffled(places[here], self._windows, int(order))

@@ -222,7 +222,8 @@ def _parquet_documents(path: Path, text_key: str) -> Iterator[str]:
                     row += 1
     except pyarrow.ArrowException as error:
         raise UserError(
-            f"{str(path)!r} is no complete Parquet file ({str(error).splitlines()[0]}): copy it again"
+            f"{str(path)!r} is no complete Parquet file ({str(error).splitlines()[0]}): "
+            "copy it again"
         ) from error
 
 
@@ -282,8 +283,8 @@ def _tfds_error(name: str, split: str, data_dir: str | None, error: Exception) -
     return UserError(
         f"{what} ({type(error).__name__}: {reason}){hint}; prepare it once, with a network and in "
         "an environment that has TensorFlow: pip install tensorflow tensorflow-datasets && "
-        f"tfds build {name} --file_format=array_record --data_dir={directory}{again}, then read it here "
-        f"with data_dir={directory!r} (or TFDS_DATA_DIR)"
+        f"tfds build {name} --file_format=array_record --data_dir={directory}{again}, then read it "
+        f"here with data_dir={directory!r} (or TFDS_DATA_DIR)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Token ids on disk: raw numbers that are mapped into memory, and a JSON file that explains them."""
+"""Token ids on disk: raw numbers, mapped into memory, and a JSON file that explains them."""
 
 import json
 import os
@@ -46,6 +46,7 @@ def write_tokens(
             f"vocab_size is {vocab_size}, the tokenizer's is {tokenizer.vocab_size}: give at least "
             "the tokenizer's"
         )
+    check_ids(tokens, vocab_size, "tokens")
     dtype = token_dtype(vocab_size).newbyteorder("<")
     # Under another name until complete, for half a token file reads like a whole one.
     partial = binary.with_name(binary.name + ".partial")
@@ -54,7 +55,6 @@ def write_tokens(
         with partial.open("wb") as file:
             for start in range(0, len(tokens), _CHUNK):
                 chunk = tokens[start : start + _CHUNK]
-                check_ids(chunk, vocab_size, "tokens")
                 file.write(chunk.astype(dtype).tobytes())
         values = {
             "dtype": dtype.name,
@@ -105,8 +105,8 @@ def open_tokens(path: str | Path) -> tuple[np.memmap, dict[str, Any] | None]:
                 raise ValueError("it needs dtype uint16 or uint32, vocab_size and tokenizer")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{str(sidecar)!r} does not describe a token file ({error}): write the tokens again "
-                "with write_tokens, or remove it to read uint16"
+                f"{str(sidecar)!r} does not describe a token file ({error}): write the tokens "
+                "again with write_tokens, or remove it to read uint16"
             ) from error
     size = binary.stat().st_size
     wanted = size if count is None else count * dtype.itemsize

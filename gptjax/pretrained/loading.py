@@ -1,17 +1,22 @@
 """One function that opens whatever holds a model."""
 
 from pathlib import Path
-from typing import Any
 
-import jax
+import optax
 from jax.sharding import Mesh
 
-from gptjax.checkpoint import read_metadata, restore_params
+from gptjax.checkpoint import (
+    CheckpointManager,
+    find_checkpoint,
+    read_metadata,
+    restore_params,
+)
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import Model
-from gptjax.params import init_params, param_shardings
+from gptjax.optimizer import OptimizerConfig, make_optimizer
 from gptjax.tokenizer import tokenizer_from_dict
+from gptjax.training import abstract_state
 
 
 def load(name: str | Path, mesh: Mesh | None = None) -> Model:
@@ -36,17 +41,21 @@ def load(name: str | Path, mesh: Mesh | None = None) -> Model:
 
 
 def _load_checkpoint(path: Path, mesh: Mesh | None) -> Model:
-    step = "best"
-    metadata = read_metadata(path, step)
+    try:
+        found, step = find_checkpoint(path, "best")
+    except UserError:
+        found, step = find_checkpoint(path)
+    folder = Path(found)
+    metadata = read_metadata(folder)
     config = ModelConfig.from_dict(metadata["model"])
-    abstract: Any = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    if mesh is not None:
-        abstract = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            abstract,
-            param_shardings(config, mesh),
-        )
-    averaged = bool((metadata.get("optimizer") or {}).get("ema_decay"))
-    params = restore_params(path, abstract, step, part="ema_params" if averaged else "params")
+    optimizer = metadata.get("optimizer") or {}
+    if optimizer.get("ema_decay") is not None:
+        transformation = make_optimizer(OptimizerConfig(**optimizer), config, metadata["steps"])
+        abstract = abstract_state(config, transformation, mesh, ema=True)
+        with CheckpointManager(folder.parent) as manager:
+            params = manager.restore(abstract, step).state.ema_params
+    else:
+        abstract = abstract_state(config, optax.identity(), mesh).params
+        params = restore_params(folder, abstract)
     stored = metadata.get("tokenizer")
     return Model(config, params, None if stored is None else tokenizer_from_dict(stored))

@@ -1,0 +1,182 @@
+"""The loss against a plain computation, in one block or many."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import ModelConfig, preset
+from gptjax.loss import LossOptions, loss_fn
+from gptjax.model import forward
+from gptjax.params import Params, ParamSpec, init_params, is_spec, param_specs
+
+SMALL = {
+    "vocab_size": 31,
+    "context_length": 16,
+    "num_layers": 2,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "compute_dtype": "float32",
+}
+GPT2 = preset("char-gpt").replace(**SMALL)
+MODERN = preset("char-gpt-modern").replace(**SMALL, num_kv_heads=2)
+STYLES = pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.default_rng().integers(2**32))
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def random_params(config: ModelConfig, rng: np.random.Generator) -> Params:
+    def draw(spec: ParamSpec) -> jax.Array:
+        values = rng.normal(spec.init == "ones", spec.std + 0.15, spec.shape)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
+
+
+def random_batch(
+    config: ModelConfig, rng: np.random.Generator, B: int = 3, T: int = 13
+) -> dict[str, Any]:
+    tokens = rng.integers(0, config.vocab_size, (B, T + 1)).astype(np.int32)
+    targets = tokens[:, 1:].copy()
+    targets[rng.random((B, T)) < 0.3] = -100
+    weights = rng.uniform(0, 2, (B, T)).astype(np.float32)
+    weights[rng.random((B, T)) < 0.2] = 0
+    return {"tokens": tokens[:, :-1], "targets": targets, "weights": weights}
+
+
+@partial(jax.jit, static_argnames=("config", "options"))
+def value_and_grad(params: Params, batch: Any, config: ModelConfig, options: LossOptions) -> Any:
+    loss = lambda params: loss_fn(params, batch, config, options=options)
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@pytest.mark.parametrize("keys", [("weights",), ()], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@STYLES
+def test_loss_is_the_weighted_mean_of_cross_entropies(
+    config: ModelConfig, z_loss: float, keys: tuple[str, ...], rng: np.random.Generator
+) -> None:
+    params, batch = random_params(config, rng), random_batch(config, rng)
+    batch = {key: batch[key] for key in ("tokens", "targets", *keys)}
+    loss, metrics = loss_fn(params, batch, config, options=LossOptions(z_loss=z_loss))
+    logits = np.asarray(forward(params, batch["tokens"], config), np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    nll, z, count = 0.0, 0.0, 0.0
+    for b, t in np.ndindex(*batch["targets"].shape):
+        if batch["targets"][b, t] >= 0:
+            weight = float(batch["weights"][b, t]) if keys else 1.0
+            nll += weight * (log_z[b, t] - logits[b, t, batch["targets"][b, t]])
+            z += weight * log_z[b, t] ** 2
+            count += weight
+    assert float(metrics["tokens"]) == pytest.approx(count, rel=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(nll / count, rel=1e-5)
+    assert float(loss) == pytest.approx((nll + z_loss * z) / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tokens_at_once", [3, 4])
+@STYLES
+def test_blocks_change_neither_value_nor_gradient(
+    config: ModelConfig, tokens_at_once: int, recompute: bool, rng: np.random.Generator
+) -> None:
+    params, batch = random_params(config, rng), random_batch(config, rng)
+    (loss, metrics), grads = value_and_grad(params, batch, config, LossOptions(z_loss=0.01))
+    options = LossOptions(
+        z_loss=0.01, recompute=recompute, logits_at_once=3 * tokens_at_once * config.vocab_size
+    )
+    (other_loss, other_metrics), other = value_and_grad(params, batch, config, options)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    for name in ("loss", "tokens"):
+        np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-6)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-5), grads, other)
+    # Where a factor follows, as in a sum of losses, the stored gradient takes it too.
+    tripled = jax.jit(jax.grad(lambda p: 3 * loss_fn(p, batch, config, options=options)[0]))(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, 3 * b, atol=3e-6, rtol=1e-5), tripled, other
+    )
+
+
+@pytest.mark.parametrize("logits_at_once", [2**26, 200])
+@pytest.mark.parametrize("how", ["targets", "weights"])
+def test_where_nothing_counts_the_loss_is_zero(
+    how: str, logits_at_once: int, rng: np.random.Generator
+) -> None:
+    params, batch = random_params(GPT2, rng), random_batch(GPT2, rng)
+    if how == "targets":
+        batch["targets"] = np.full_like(batch["targets"], -100)
+    else:
+        batch["weights"] = np.zeros_like(batch["weights"])
+    options = LossOptions(z_loss=0.1, logits_at_once=logits_at_once)
+    (loss, metrics), grads = value_and_grad(params, batch, GPT2, options)
+    assert float(loss) == float(metrics["loss"]) == float(metrics["tokens"]) == 0
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(grads))
+
+
+def largest(jaxpr: Any) -> int:
+    """Elements of the largest array in a program, loops' insides included."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [var.aval.size for var in equation.outvars if hasattr(var.aval, "size")]
+        inner = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        )
+        for part in inner:
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                sizes.append(largest(part))
+    return max(sizes)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_with_blocks_no_array_holds_all_logits(recompute: bool) -> None:
+    B, T, V = 8, 16, 5000
+    config = GPT2.replace(vocab_size=V)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    batch = {"tokens": tokens, "targets": tokens}
+
+    def size(options: LossOptions, train: bool) -> int:
+        loss = lambda params, batch: loss_fn(params, batch, config, options=options)
+        program = jax.grad(loss, has_aux=True) if train else loss
+        return largest(jax.make_jaxpr(program)(params, batch).jaxpr)
+
+    for train in (True, False):
+        assert size(LossOptions(), train) >= B * T * V
+        blocked = LossOptions(recompute=recompute, logits_at_once=B * 4 * V)
+        assert size(blocked, train) <= B * 4 * V
+
+
+def test_documents_in_the_batch_reach_the_model(rng: np.random.Generator) -> None:
+    params, batch = random_params(GPT2, rng), random_batch(GPT2, rng)
+    segments = np.zeros_like(batch["tokens"])
+    segments[:, 6:] = 1
+    places = np.broadcast_to(np.arange(13, dtype=np.int32), segments.shape) - 6 * segments
+    packed, _ = loss_fn(params, batch | {"segment_ids": segments, "positions": places}, GPT2)
+    total = 0.0
+    for part in (slice(0, 6), slice(6, 13)):
+        piece = {key: value[:, part] for key, value in batch.items()}
+        loss, metrics = loss_fn(params, piece, GPT2)
+        total += float(loss * metrics["tokens"])
+    count = float((batch["weights"] * (batch["targets"] >= 0)).sum())
+    assert float(packed) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("logits_at_once", [2**26, 200])
+@pytest.mark.parametrize("recompute", [False, True])
+@STYLES
+def test_no_rank_is_promoted(
+    config: ModelConfig, recompute: bool, logits_at_once: int, rng: np.random.Generator
+) -> None:
+    params, batch = random_params(config, rng), random_batch(config, rng)
+    batch = jax.tree.map(jnp.asarray, batch)
+    options = LossOptions(z_loss=0.1, recompute=recompute, logits_at_once=logits_at_once)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(jax.grad(lambda p: loss_fn(p, batch, config, options=options)[0]), params)

@@ -1,0 +1,325 @@
+"""The model as a function: what may see what, and what may not change the values."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.attention import attention
+from gptjax.config import ModelConfig, preset
+from gptjax.errors import UserError
+from gptjax.loss import loss_fn
+from gptjax.model import dropout, forward, unstack_blocks
+from gptjax.params import Params, ParamSpec, init_params, is_spec, param_specs
+
+SMALL = {
+    "vocab_size": 31,
+    "context_length": 16,
+    "num_layers": 2,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "compute_dtype": "float32",
+}
+GPT2 = preset("char-gpt").replace(**SMALL)
+MODERN = preset("char-gpt-modern").replace(**SMALL, num_kv_heads=2)
+CONFIGS = {
+    "gpt2": GPT2,
+    "gpt2-grouped": GPT2.replace(num_kv_heads=2),
+    "modern": MODERN,
+}
+STYLES = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+run = jax.jit(forward, static_argnames="config")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.default_rng().integers(2**32))
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def random_params(config: ModelConfig, rng: np.random.Generator) -> Params:
+    """No parameter at 0 or 1, so that each takes part in the result."""
+
+    def draw(spec: ParamSpec) -> jax.Array:
+        values = rng.normal(spec.init == "ones", spec.std + 0.15, spec.shape)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
+
+
+def random_tokens(config: ModelConfig, rng: np.random.Generator, rows: int = 3) -> np.ndarray:
+    shape = (rows, config.context_length)
+    return rng.integers(0, config.vocab_size, shape).astype(np.int32)
+
+
+@STYLES
+def test_no_gradient_flows_from_later_tokens(config: ModelConfig, rng: np.random.Generator) -> None:
+    # Untied, so that the table is an input alone; distinct tokens, so that a row is one place.
+    config = config.replace(tie_embeddings=False)
+    params = random_params(config, rng)
+    tokens = rng.permutation(config.vocab_size)[: config.context_length].astype(np.int32)
+    project = jnp.asarray(rng.normal(size=config.vocab_size), jnp.float32)
+
+    @jax.jit
+    def gradients(t: jax.Array) -> Params:
+        def logits_at(table: Params) -> jax.Array:
+            logits = forward({**params, "embed": table}, tokens[None], config)
+            return logits[0, t] @ project
+
+        return jax.grad(logits_at)(params["embed"])
+
+    for t in range(config.context_length):
+        grads = gradients(t)
+        rows = np.asarray(grads["tokens"])[tokens]
+        assert (rows[t + 1 :] == 0).all()
+        assert (np.abs(rows[: t + 1]).max(axis=1) > 0).all()
+        if "positions" in grads:
+            rows = np.asarray(grads["positions"])
+            assert (rows[t + 1 :] == 0).all()
+            assert (np.abs(rows[: t + 1]).max(axis=1) > 0).all()
+
+
+@STYLES
+def test_later_tokens_change_no_bit_of_earlier_logits(
+    config: ModelConfig, rng: np.random.Generator
+) -> None:
+    params, tokens = random_params(config, rng), random_tokens(config, rng)
+    before = np.asarray(run(params, tokens, config))
+    for t in (0, 4, config.context_length - 2):
+        changed = tokens.copy()
+        changed[:, t + 1 :] = (changed[:, t + 1 :] + 1 + t) % config.vocab_size
+        after = np.asarray(run(params, changed, config))
+        np.testing.assert_array_equal(after[:, : t + 1], before[:, : t + 1])
+        assert np.abs(after[:, t + 1 :] - before[:, t + 1 :]).max() > 1e-3
+
+
+@STYLES
+def test_packed_documents_do_not_see_each_other(
+    config: ModelConfig, rng: np.random.Generator
+) -> None:
+    params, tokens = random_params(config, rng), random_tokens(config, rng, rows=2)
+    T = config.context_length
+    cuts = [[5, T], [3, 4, T]]
+    segments = np.zeros_like(tokens)
+    positions = np.zeros_like(tokens)
+    for row, ends in enumerate(cuts):
+        for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            segments[row, start:end] = number
+            positions[row, start:end] = np.arange(end - start)
+    packed = run(params, tokens, config, positions=positions, segment_ids=segments)
+    for row, ends in enumerate(cuts):
+        for start, end in zip([0, *ends], ends, strict=False):
+            alone = run(params, tokens[row : row + 1, start:end], config)
+            np.testing.assert_allclose(packed[row, start:end], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_rope_depends_on_distances_alone(rng: np.random.Generator) -> None:
+    params, tokens = random_params(MODERN, rng), random_tokens(MODERN, rng)
+    places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    here = run(params, tokens, MODERN, positions=places)
+    np.testing.assert_allclose(run(params, tokens, MODERN), here, atol=1e-5)
+    np.testing.assert_allclose(run(params, tokens, MODERN, positions=places + 9), here, atol=1e-4)
+    stretched = run(params, tokens, MODERN, positions=places * 2)
+    assert np.abs(np.asarray(stretched - here)).max() > 1e-3
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_is_the_textbook_formula(kv_heads: int, rng: np.random.Generator) -> None:
+    B, T, S, H, C = 2, 5, 9, 4, 6
+    q, k, v = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((B, T, H, C), (B, S, kv_heads, C), (B, S, kv_heads, C))
+    )
+    slots = np.sort(rng.integers(0, S, (B, T)), axis=1)
+    query_segments, key_segments = rng.integers(0, 2, (B, T)), rng.integers(0, 2, (B, S))
+    for b in range(B):
+        key_segments[b, slots[b]] = query_segments[b] = key_segments[b, slots[b]]
+    got = attention(
+        *map(jnp.asarray, (q, k, v)),
+        query_slots=jnp.asarray(slots),
+        query_segments=jnp.asarray(query_segments),
+        key_segments=jnp.asarray(key_segments),
+    )
+    got_last = attention(*map(jnp.asarray, (q, k, v)))
+    for b, t, h in np.ndindex(B, T, H):
+        scores = k[b, :, h // (H // kv_heads)].astype(np.float64) @ q[b, t, h] / np.sqrt(C)
+        values = v[b, :, h // (H // kv_heads)].astype(np.float64)
+
+        def expected(seen: list[int], scores=scores, values=values) -> np.ndarray:
+            probs = np.exp(scores[seen] - scores[seen].max())
+            return probs @ values[seen] / probs.sum()
+
+        seen = [s for s in range(slots[b, t] + 1) if key_segments[b, s] == query_segments[b, t]]
+        np.testing.assert_allclose(got[b, t, h], expected(seen), atol=2e-6)
+        last = list(range(S - T + t + 1))
+        np.testing.assert_allclose(got_last[b, t, h], expected(last), atol=2e-6)
+
+
+@pytest.mark.parametrize("vocab_size", [31, 400, 3000])
+@pytest.mark.parametrize("name", ["gpt2", "modern"])
+def test_the_first_loss_is_that_of_guessing(
+    name: str, vocab_size: int, rng: np.random.Generator
+) -> None:
+    config = CONFIGS[name].replace(vocab_size=vocab_size)
+    params = init_params(config, jax.random.key(int(rng.integers(2**31))))
+    batch = {"tokens": random_tokens(config, rng, 8), "targets": random_tokens(config, rng, 8)}
+    _, metrics = loss_fn(params, batch, config)
+    # The modern head has unit-variance logits: half a nat more than a uniform guess.
+    extra = 0.5 if name == "modern" else 0.0
+    assert abs(float(metrics["loss"]) - np.log(vocab_size) - extra) < 0.3
+
+
+VARIANTS = [
+    {"remat": "none", "scan_unroll": 1},
+    {"remat": "none", "scan_unroll": 2},
+    {"remat": "dots", "scan_unroll": 1},
+    {"remat": "dots", "scan_unroll": 2},
+    {"remat": "full", "scan_unroll": 1},
+    {"remat": "full", "scan_unroll": 2},
+]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["gpt2", "modern"])
+def test_how_it_is_computed_changes_nothing(
+    name: str, rate: float, rng: np.random.Generator
+) -> None:
+    config = CONFIGS[name].replace(dropout=rate)
+    params = random_params(config, rng)
+    batch = {"tokens": random_tokens(config, rng), "targets": random_tokens(config, rng)}
+    key = jax.random.key(7) if rate else None
+
+    @partial(jax.jit, static_argnames="config")
+    def value_and_grad(params: Params, config: ModelConfig) -> tuple[jax.Array, Params]:
+        loss = lambda params: loss_fn(params, batch, config, dropout_key=key)[0]
+        return jax.value_and_grad(loss)(params)
+
+    loss, grads = value_and_grad(params, config)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        # The softmax is blind to the keys' bias.
+        if "key_bias" not in jax.tree_util.keystr(path):
+            assert np.abs(np.asarray(leaf)).max() > 1e-8
+    # With dropout only the ends, which is what the random keys could go wrong in.
+    for variant in VARIANTS if not rate else VARIANTS[-2:]:
+        other_loss, other_grads = value_and_grad(params, config.replace(**variant))
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-5), grads, other_grads)
+
+    other_loss, other_grads = value_and_grad(unstack_blocks(params, config), config)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    unstacked = unstack_blocks(grads, config)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-5), unstacked, other_grads)
+
+
+def test_remat_recomputes() -> None:
+    def products(remat: str) -> int:
+        config = GPT2.replace(remat=remat, scan_unroll=1)
+        params = random_params(config, np.random.default_rng(0))
+        tokens = jnp.zeros((1, 4), jnp.int32)
+        grad = jax.grad(lambda params: forward(params, tokens, config).sum())
+        return str(jax.make_jaxpr(grad)(params)).count("dot_general")
+
+    assert products("none") < products("dots") < products("full")
+
+
+def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(rng: np.random.Generator) -> None:
+    x = jnp.ones((200, 500))
+    out = np.asarray(dropout(x, 0.3, jax.random.key(int(rng.integers(2**31)))))
+    assert np.mean(out == 0) == pytest.approx(0.3, abs=0.01)
+    assert out.mean() == pytest.approx(1, abs=0.01)
+    assert dropout(x, 0.3, None) is x
+    np.testing.assert_array_equal(dropout(x, 0.0, jax.random.key(0)), x)
+
+
+def test_dropout_of_attention_keeps_the_mean(rng: np.random.Generator) -> None:
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(3))
+    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), 4000)
+    drawn = jax.jit(jax.vmap(lambda key: attention(q, k, v, dropout=0.3, dropout_key=key)))(keys)
+    np.testing.assert_allclose(drawn.mean(axis=0), attention(q, k, v), atol=0.12)
+    assert np.std(np.asarray(drawn), axis=0).min() > 0
+
+
+@STYLES
+def test_dropout_follows_its_key(config: ModelConfig, rng: np.random.Generator) -> None:
+    config = config.replace(dropout=0.3)
+    params, tokens = random_params(config, rng), random_tokens(config, rng)
+    tokens[1] = tokens[0]
+    a, b = jax.random.split(jax.random.key(int(rng.integers(2**31))))
+    first = np.asarray(run(params, tokens, config, dropout_key=a))
+    np.testing.assert_array_equal(first, run(params, tokens, config, dropout_key=a))
+    assert np.abs(first - run(params, tokens, config, dropout_key=b)).max() > 1e-3
+    assert np.abs(first[0] - first[1]).max() > 1e-3
+    whole = run(params, tokens, config.replace(dropout=0.0))
+    np.testing.assert_array_equal(run(params, tokens, config), whole)
+
+
+def test_layers_have_dropout_of_their_own(rng: np.random.Generator) -> None:
+    """Two equal layers with equal inputs differ, or they would share a key."""
+    config = GPT2.replace(dropout=0.5)
+    params = random_params(config, rng)
+    # Blocks that put out zeros but for a bias, so that a block's output is its dropout alone.
+    blocks = jax.tree.map(jnp.zeros_like, params["blocks"])
+    blocks["mlp"]["down_bias"] = jnp.ones_like(blocks["mlp"]["down_bias"])
+    embed = jax.tree.map(jnp.zeros_like, params["embed"])
+    params = {**params, "blocks": blocks, "embed": embed}
+    from gptjax.model import Context, run_blocks
+
+    x = jnp.zeros((1, 16, 32))
+    out, _ = run_blocks(
+        blocks, x, Context(None, None, None), config, jax.random.key(int(rng.integers(99))), None
+    )
+    # Each layer adds 0 or 2: with a key of its own, 2 arises in half of the places.
+    assert set(np.unique(np.asarray(out)).tolist()) == {0.0, 2.0, 4.0}
+
+
+@STYLES
+def test_bfloat16_is_near_and_logits_are_float32(
+    config: ModelConfig, rng: np.random.Generator
+) -> None:
+    params, tokens = random_params(config, rng), random_tokens(config, rng)
+    full = np.asarray(run(params, tokens, config))
+    half = run(params, tokens, config.replace(compute_dtype="bfloat16"))
+    assert half.dtype == jnp.float32
+    difference = np.abs(np.asarray(half) - full).max()
+    assert 0 < difference < 0.1 * np.abs(full).max()
+
+
+@pytest.mark.parametrize("vocab_size", [31, 1500])
+def test_the_gradient_of_the_embedding_is_a_sum_over_uses(
+    vocab_size: int, rng: np.random.Generator
+) -> None:
+    from gptjax.model import look_up
+
+    table = jnp.asarray(rng.normal(size=(vocab_size, 8)), jnp.float32)
+    tokens = rng.integers(0, 20, (3, 11))
+    upstream = rng.normal(size=(3, 11, 8)).astype(np.float32)
+    got = jax.grad(lambda table: jnp.sum(look_up(table, jnp.asarray(tokens)) * upstream))(table)
+    expected = np.zeros(table.shape)
+    np.add.at(expected, tokens, upstream)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_logits_are_capped(rng: np.random.Generator) -> None:
+    params, tokens = random_params(MODERN, rng), random_tokens(MODERN, rng)
+    free = np.asarray(run(params, tokens, MODERN.replace(logit_softcap=None)))
+    capped = run(params, tokens, MODERN.replace(logit_softcap=2.0))
+    np.testing.assert_allclose(capped, 2 * np.tanh(free / 2), atol=1e-5)
+
+
+def test_sequences_beyond_the_context_are_refused() -> None:
+    with pytest.raises(UserError, match=r"17 tokens.*context is 16"):
+        forward({}, jnp.zeros((1, 17), jnp.int32), GPT2)
+
+
+@STYLES
+def test_no_rank_is_promoted(config: ModelConfig, rng: np.random.Generator) -> None:
+    config = config.replace(dropout=0.1)
+    params, tokens = random_params(config, rng), jnp.asarray(random_tokens(config, rng))
+    with jax.numpy_rank_promotion("raise"):
+        forward(params, tokens, config)
+        forward(params, tokens, config, dropout_key=jax.random.key(0))
+        forward(params, tokens, config, positions=tokens * 0, segment_ids=tokens)

@@ -1,0 +1,292 @@
+"""The train step: exact under accumulation and on meshes, compiled once, its state donated."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gptjax
+from gptjax.config import ModelConfig, preset
+from gptjax.errors import UserError
+from gptjax.optimizer import OptimizerConfig, make_optimizer
+from gptjax.params import Params, ParamSpec, is_spec, param_specs
+from gptjax.sharding import make_mesh
+from gptjax.training import TrainState, abstract_state, init_state, make_train_step
+
+SMALL = {
+    "vocab_size": 31,
+    "context_length": 16,
+    "num_layers": 2,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "compute_dtype": "float32",
+}
+GPT2 = preset("char-gpt").replace(**SMALL)
+MODERN = preset("char-gpt-modern").replace(**SMALL, num_kv_heads=2)
+STYLES = pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.default_rng().integers(2**32))
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def random_params(config: ModelConfig, rng: np.random.Generator) -> Params:
+    def draw(spec: ParamSpec) -> jax.Array:
+        values = rng.normal(spec.init == "ones", spec.std + 0.15, spec.shape)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
+
+
+def random_batch(config: ModelConfig, rng: np.random.Generator, rows: int = 4) -> dict[str, Any]:
+    tokens = rng.integers(0, config.vocab_size, (rows, config.context_length + 1)).astype(np.int32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:].copy()}
+
+
+def same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def host(tree: Any) -> Any:
+    return jax.tree.map(np.array, tree)
+
+
+def run_steps(step: Any, state: TrainState, batches: list[Any]) -> tuple[TrainState, list[Any]]:
+    metrics = []
+    for batch in batches:
+        state, more = step(state, batch)
+        metrics.append(host(more))
+    return state, metrics
+
+
+@STYLES
+def test_microbatches_equal_the_whole_batch(config: ModelConfig, rng: np.random.Generator) -> None:
+    params, batch = random_params(config, rng), random_batch(config, rng, rows=6)
+    batch["weights"] = rng.uniform(0, 2, batch["tokens"].shape).astype(np.float32)
+    batch["targets"][rng.random(batch["tokens"].shape) < 0.3] = -100
+    # Whichever way rows are dealt out, microbatches differ much; the last row counts nothing.
+    batch["weights"] *= np.arange(6)[::-1, None].astype(np.float32)
+    optimizer = optax.sgd(0.5)
+    expected = None
+    for accumulate in (1, 2, 6):
+        step = make_train_step(config, optimizer, accumulate=accumulate)
+        state = init_state(config, optimizer, jax.random.key(0), params=params)
+        state, metrics = step(state, batch)
+        result = host((state.params, metrics))
+        if expected is None:
+            expected = result
+            moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), result[0], host(params))
+            # All but the keys' bias, to which the softmax is blind.
+            moved["blocks"]["attention"].pop("key_bias", None)
+            assert min(jax.tree.leaves(moved)) > 1e-7
+        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=2e-6), result, expected)
+
+
+def test_a_batch_that_does_not_divide_is_refused(rng: np.random.Generator) -> None:
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(GPT2, optimizer, accumulate=3)
+    state = init_state(GPT2, optimizer, jax.random.key(0), params=random_params(GPT2, rng))
+    with pytest.raises(UserError, match=r"4 rows.*3 microbatches.*\[1, 2, 4\]"):
+        step(state, random_batch(GPT2, rng))
+
+
+@STYLES
+def test_one_compilation_donation_and_a_mesh_of_one(
+    config: ModelConfig, rng: np.random.Generator
+) -> None:
+    batches = [random_batch(config, rng) for _ in range(3)]
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), config, steps=3)
+    params = random_params(config, rng)
+    results = []
+    for mesh in (None, make_mesh(devices=jax.devices()[:1])):
+        step: Any = make_train_step(config, optimizer, mesh)
+        state = init_state(config, optimizer, jax.random.key(1), mesh, params=params)
+        passed = state
+        state, metrics = run_steps(step, state, batches)
+        assert (step if mesh is None else step.jitted)._cache_size() == 1
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(passed))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, params)))
+        assert int(state.step) == 3
+        results.append(host((state.params, state.opt_state, metrics)))
+        assert metrics[0]["skipped"] == 0
+        assert metrics[0]["tokens"] == 64
+    same(*results)
+
+
+def test_a_seed_gives_one_run_on_any_mesh_and_states_are_copies() -> None:
+    optimizer = optax.sgd(0.1)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    a = init_state(GPT2, optimizer, jax.random.key(1))
+    b = init_state(GPT2, optimizer, jax.random.key(1), mesh, ema=True)
+    same(host(a.params), host(b.params))
+    same(host(b.params), host(b.ema_params))
+    step = make_train_step(GPT2, optimizer)
+    given = init_state(GPT2, optimizer, jax.random.key(0), params=a.params)
+    step(given, {"tokens": np.zeros((1, 4), np.int32), "targets": np.zeros((1, 4), np.int32)})
+    assert not a.params["embed"]["tokens"].is_deleted()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_skip_leaves_everything_as_it_was(accumulate: int, rng: np.random.Generator) -> None:
+    config, optimizer = GPT2, optax.adam(0.1)
+    params, good = random_params(config, rng), random_batch(config, rng)
+    good["weights"] = np.ones(good["tokens"].shape, np.float32)
+    bad = good | {"weights": good["weights"].copy()}
+    bad["weights"][1, 3] = np.inf
+    options: Any = {"ema_decay": 0.9, "accumulate": accumulate}
+    step = make_train_step(config, optimizer, nonfinite="skip", **options)
+    state = init_state(config, optimizer, jax.random.key(0), params=params, ema=True)
+    before = host((state.params, state.opt_state, state.ema_params))
+    state, metrics = step(state, bad)
+    same(host((state.params, state.opt_state, state.ema_params)), before)
+    assert (float(metrics["skipped"]), int(state.step)) == (1.0, 1)
+    state, metrics = step(state, good)
+    assert float(metrics["skipped"]) == 0.0
+    moved = host(state.params)
+    assert np.abs(moved["embed"]["tokens"] - before[0]["embed"]["tokens"]).max() > 0.01
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moved))
+    if accumulate == 1:
+        keep = make_train_step(config, optimizer, **options)
+        state = init_state(config, optimizer, jax.random.key(0), params=params, ema=True)
+        state, metrics = keep(state, bad)
+        assert float(metrics["skipped"]) == 0.0
+        assert not np.isfinite(host(state.params)["embed"]["tokens"]).all()
+
+
+def test_the_average_follows_its_formula_and_metrics_are_those_before(
+    rng: np.random.Generator,
+) -> None:
+    params, batch = random_params(GPT2, rng), random_batch(GPT2, rng)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
+    step = make_train_step(GPT2, optimizer, ema_decay=0.8)
+    state = init_state(GPT2, optimizer, jax.random.key(0), params=params, ema=True)
+    average = host(params)
+    for number in range(2):
+        before = host(state.params)
+        state, metrics = step(state, batch)
+        after = host(state.params)
+        average = jax.tree.map(lambda e, p: 0.8 * e + 0.2 * p, average, after)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, atol=1e-6), host(state.ema_params), average
+        )
+        if number == 0:
+            loss, _ = gptjax.loss_fn(before, batch, GPT2)
+            grads = jax.jit(jax.grad(lambda p: gptjax.loss_fn(p, batch, GPT2)[0]))(params)
+            assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+            norm = float(optax.tree.norm(grads))
+            assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_dropout_differs_by_step_and_key_and_repeats(rng: np.random.Generator) -> None:
+    config = GPT2.replace(dropout=0.3)
+    params, batch = random_params(config, rng), random_batch(config, rng)
+    # Without learning, what differs between steps is dropout.
+    optimizer = optax.sgd(0.0)
+    step = make_train_step(config, optimizer)
+    start = lambda seed: init_state(config, optimizer, jax.random.key(seed), params=params)
+    losses = lambda seed: [float(m["loss"]) for m in run_steps(step, start(seed), [batch] * 2)[1]]
+    first = losses(0)
+    assert first == losses(0)
+    assert len({*first, *losses(1)}) == 4
+
+
+def test_microbatches_have_dropout_of_their_own(rng: np.random.Generator) -> None:
+    config = GPT2.replace(dropout=0.3)
+    params, batch = random_params(config, rng), random_batch(config, rng, rows=1)
+    optimizer = optax.sgd(0.0)
+
+    def norm(rows: int) -> float:
+        wide = {key: np.repeat(value, rows, 0) for key, value in batch.items()}
+        step = make_train_step(config, optimizer, accumulate=rows)
+        state = init_state(config, optimizer, jax.random.key(0), params=params)
+        return float(step(state, wide)[1]["loss"])
+
+    # Equal rows under equal keys would have the loss of one.
+    one, two = norm(2), norm(3)
+    assert abs(one - two) > 1e-5
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@STYLES
+def test_no_rank_is_promoted(
+    config: ModelConfig, accumulate: int, rng: np.random.Generator
+) -> None:
+    config = config.replace(dropout=0.1)
+    optimizer = optax.adam(0.1)
+    batch = random_batch(config, rng)
+    batch["weights"] = np.ones(batch["tokens"].shape, np.float32)
+    step: Any = make_train_step(
+        config, optimizer, accumulate=accumulate, ema_decay=0.9, nonfinite="skip"
+    )
+    with jax.numpy_rank_promotion("raise"):
+        state = abstract_state(config, optimizer, ema=True)
+        jax.eval_shape(step, state, batch)
+
+
+EIGHT = """
+import jax, numpy as np, optax
+from gptjax import ModelConfig, init_state, make_mesh, make_train_step, LossOptions
+
+assert len(jax.devices()) == 8
+config = ModelConfig(vocab_size=32, context_length=16, num_layers=2, embed_dim=32, num_heads=4,
+                     num_kv_heads=2, compute_dtype="float32")
+rng = np.random.default_rng({seed})
+batches = []
+for _ in range(2):
+    tokens = rng.integers(0, 32, (16, 17)).astype(np.int32)
+    weights = rng.uniform(0, 1, (16, 16)).astype(np.float32)
+    batches.append({{"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}})
+optimizer = optax.sgd(0.5, momentum=0.9)
+results = []
+for mesh, accumulate in (
+    (None, 1), (make_mesh(data=2, fsdp=4), 1), (make_mesh(data=2, fsdp=2, tensor=2), 2)
+):
+    options = LossOptions(logits_at_once=16 * 4 * 32 // (1 if mesh is None else 4))
+    step = make_train_step(config, optimizer, mesh, accumulate=accumulate, loss_options=options)
+    state = init_state(config, optimizer, jax.random.key(3), mesh)
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    if mesh is not None:
+        assert step.jitted._cache_size() == 1
+        parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        for tree in (state.params, state.opt_state[0].trace):
+            for leaf in (tree["embed"]["tokens"], tree["blocks"]["mlp"]["up"]):
+                assert leaf.addressable_shards[0].data.size * parts == leaf.size
+        places = jax.tree.map(lambda x: x.sharding, (state.params, state.opt_state[0].trace))
+        assert jax.tree.leaves(places[0]) == jax.tree.leaves(places[1])
+    results.append(jax.tree.map(np.asarray, (state.params, losses)))
+for other in results[1:]:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results[0], other)
+print("equal")
+"""
+
+
+def test_eight_devices_equal_one(rng: np.random.Generator, tmp_path: Path) -> None:
+    root = str(Path(gptjax.__file__).parents[1])
+    flags = "--xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+    script = EIGHT.format(seed=int(rng.integers(2**32)))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "equal" in done.stdout
