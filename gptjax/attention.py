@@ -45,9 +45,8 @@ def attention(
     v_BKSC = jnp.transpose(v_BSKC, (0, 2, 1, 3))
 
     slots = jnp.arange(S - T, S) if query_slots is None else query_slots
-    visible = jnp.arange(S) <= slots[..., :, None]
-    if visible.ndim == 2:
-        visible = visible[None]
+    slots = slots.reshape(-1, T, 1)
+    visible = jnp.arange(S)[None, None] <= slots
     if query_segments is not None and key_segments is not None:
         visible &= query_segments[:, :, None] == key_segments[:, None, :]
 

@@ -153,7 +153,7 @@ def _block_sums(
     )
     log_z_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
     # A comparison and a sum, where a gather's gradient would be a scatter.
-    is_target_BtV = jnp.arange(kernel_VD.shape[0]) == targets_Bt[..., None]
+    is_target_BtV = jnp.arange(kernel_VD.shape[0])[None, None] == targets_Bt[..., None]
     nll_Bt = log_z_Bt - jnp.sum(jnp.where(is_target_BtV, logits_BtV, 0), axis=-1)
     nll = jnp.sum(nll_Bt * weights_Bt)
     return nll + z_loss * jnp.sum(jnp.square(log_z_Bt) * weights_Bt), nll

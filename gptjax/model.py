@@ -287,7 +287,12 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int 
     width = math.prod(kernel.shape[:inputs])
     out = matmul(x.reshape(*outer, width), kernel.astype(x.dtype).reshape(width, -1))
     out = out.reshape(*outer, *outputs)
-    return out if bias is None else out + bias.astype(x.dtype)
+    return out if bias is None else out + along_last(bias.astype(x.dtype), out)
+
+
+def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Gives a gain or bias the rank of x, so that no rank is promoted silently."""
+    return vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
 
 
 @jax.custom_vjp
@@ -333,9 +338,9 @@ def normalize(x_BTD: jax.Array, params: Params, config: ModelConfig) -> jax.Arra
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.norm_eps)
     if "scale" in params:
-        x = x * params["scale"].astype(jnp.float32)
+        x = x * along_last(params["scale"].astype(jnp.float32), x)
     if "bias" in params:
-        x = x + params["bias"].astype(jnp.float32)
+        x = x + along_last(params["bias"].astype(jnp.float32), x)
     return materialized(x.astype(x_BTD.dtype))
 
 
@@ -343,14 +348,16 @@ def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
     """x / √(mean(x²) + eps) · scale over the last dimension, in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 if scale is None else x32 * scale.astype(jnp.float32)).astype(x.dtype)
+    if scale is not None:
+        x32 = x32 * along_last(scale.astype(jnp.float32), x32)
+    return x32.astype(x.dtype)
 
 
 def rope_rotation(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """cos and sin of RoPE's angles (Su et al. 2021), each `[B or 1, T, 1, C / 2]` float32."""
     half = config.head_width // 2
     frequencies = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
