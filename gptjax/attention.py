@@ -40,7 +40,7 @@ def attention(
     S, K = k_BSKC.shape[1:3]
     G = H // K
     # Batch dimensions in front: the layout that batched products are fastest in on every backend.
-    q_BKGTC = jnp.transpose(q_BTHC.reshape(B, T, K, G, C), (0, 2, 3, 1, 4)).reshape(B, K, G * T, C)
+    q_BKNC = jnp.transpose(q_BTHC.reshape(B, T, K, G, C), (0, 2, 3, 1, 4)).reshape(B, K, G * T, C)
     k_BKSC = jnp.transpose(k_BSKC, (0, 2, 1, 3))
     v_BKSC = jnp.transpose(v_BSKC, (0, 2, 1, 3))
 
@@ -50,14 +50,56 @@ def attention(
     if query_segments is not None and key_segments is not None:
         visible &= query_segments[:, :, None] == key_segments[:, None, :]
 
-    scores = jnp.einsum(
-        "bktc,bksc->bkts", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32
-    ).reshape(B, K, G, T, S) * (1 / math.sqrt(C))
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1)
-    if dropout_key is not None and dropout > 0:
-        keep = jax.random.bernoulli(dropout_key, 1 - dropout, probs.shape)
-        probs = jnp.where(keep, probs / (1 - dropout), 0)
-    probs = probs.astype(v_BKSC.dtype).reshape(B, K, G * T, S)
-    out_BKGTC = jnp.einsum("bkts,bksc->bktc", probs, v_BKSC).reshape(B, K, G, T, C)
-    return jnp.transpose(out_BKGTC, (0, 3, 1, 2, 4)).reshape(B, T, H, C).astype(q_BTHC.dtype)
+    visible_BNS = jnp.tile(visible, (1, G, 1))
+    if dropout_key is None or dropout == 0:
+        out_BKNC = _attend(q_BKNC, k_BKSC, v_BKSC, visible_BNS)
+    else:
+        probs_BKNS = _probabilities(q_BKNC, k_BKSC, visible_BNS)
+        keep = jax.random.bernoulli(dropout_key, 1 - dropout, probs_BKNS.shape)
+        probs_BKNS = jnp.where(keep, probs_BKNS / (1 - dropout), 0).astype(v_BSKC.dtype)
+        out_BKNC = jnp.einsum("bkns,bksc->bknc", probs_BKNS, v_BKSC)
+    out_BTKGC = jnp.transpose(out_BKNC.reshape(B, K, G, T, C), (0, 3, 1, 2, 4))
+    return out_BTKGC.reshape(B, T, H, C).astype(q_BTHC.dtype)
+
+
+def _probabilities(q_BKNC: jax.Array, k_BKSC: jax.Array, visible_BNS: jax.Array) -> jax.Array:
+    """Float32 softmax over the visible keys of N = G · T queries to each key head."""
+    scores_BKNS = jnp.einsum(
+        "bknc,bksc->bkns", q_BKNC, k_BKSC, preferred_element_type=jnp.float32
+    ) * (1 / math.sqrt(q_BKNC.shape[-1]))
+    scores_BKNS = jnp.where(visible_BNS[:, None], scores_BKNS, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores_BKNS, axis=-1)
+
+
+@jax.custom_vjp
+def _attend(
+    q_BKNC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, visible_BNS: jax.Array
+) -> jax.Array:
+    return _attend_forward(q_BKNC, k_BKSC, v_BKSC, visible_BNS)[0]
+
+
+def _attend_forward(
+    q_BKNC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, visible_BNS: jax.Array
+):
+    probs_BKNS = _probabilities(q_BKNC, k_BKSC, visible_BNS).astype(v_BKSC.dtype)
+    out_BKNC = jnp.einsum("bkns,bksc->bknc", probs_BKNS, v_BKSC)
+    return out_BKNC, (q_BKNC, k_BKSC, v_BKSC, probs_BKNS, out_BKNC)
+
+
+def _attend_backward(residuals: tuple[jax.Array, ...], grad_BKNC: jax.Array):
+    q_BKNC, k_BKSC, v_BKSC, probs_BKNS, out_BKNC = residuals
+    grad_v = jnp.einsum("bkns,bknc->bksc", probs_BKNS, grad_BKNC)
+    grad_probs = jnp.einsum(
+        "bknc,bksc->bkns", grad_BKNC, v_BKSC, preferred_element_type=jnp.float32
+    )
+    # The softmax's inner sum over keys, Σ p · dp, equals Σ out · d out over the head's width (Dao
+    # et al. 2022, section B.4), which is shorter and needs no pass over the scores.
+    inner = jnp.sum((out_BKNC * grad_BKNC).astype(jnp.float32), axis=-1, keepdims=True)
+    grad_scores = probs_BKNS * (grad_probs - inner) * (1 / math.sqrt(q_BKNC.shape[-1]))
+    grad_scores = grad_scores.astype(q_BKNC.dtype)
+    grad_q = jnp.einsum("bkns,bksc->bknc", grad_scores, k_BKSC)
+    grad_k = jnp.einsum("bkns,bknc->bksc", grad_scores, q_BKNC)
+    return grad_q, grad_k, grad_v, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -7,7 +7,7 @@ import io
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
@@ -71,7 +71,7 @@ class Experiment:
     prompt: str | None = None
     wandb: str | None = None
     model: ModelConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 def train(experiment: Experiment) -> FitResult:

@@ -250,8 +250,9 @@ def project_qkv(
     kernel = join([params[name].astype(x_BTD.dtype) for name in names], (D,))
     bias = None if biases[0] is None else join([b for b in biases if b is not None], ())
     qkv_BTKNC = linear(x_BTD, kernel, bias)
-    q_BTHC = qkv_BTKNC[..., :-2, :].reshape(B, T, H, C)
-    return q_BTHC, qkv_BTKNC[..., -2, :], qkv_BTKNC[..., -1, :]
+    # A split, whose gradient is one concatenation; three slices would be padded and added.
+    q, k, v = jax.lax.split(qkv_BTKNC, (H // K, 1, 1), axis=3)
+    return q.reshape(B, T, H, C), k.reshape(B, T, K, C), v.reshape(B, T, K, C)
 
 
 def mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
@@ -270,7 +271,7 @@ def activate(x: jax.Array, config: ModelConfig) -> jax.Array:
     """The nonlinearity that the configuration names."""
     match config.activation:
         case "gelu_tanh":
-            return jax.nn.gelu(x, approximate=True)
+            return gelu_tanh(x)
         case "gelu":
             return jax.nn.gelu(x, approximate=False)
         case "relu":
@@ -279,6 +280,27 @@ def activate(x: jax.Array, config: ModelConfig) -> jax.Array:
             return jnp.square(jax.nn.relu(x))
         case "silu":
             return jax.nn.silu(x)
+
+
+@jax.custom_vjp
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form (Hendrycks & Gimpel 2016), which GPT-2 uses; tanh is computed once."""
+    return _gelu_tanh_forward(x)[0]
+
+
+def _gelu_tanh_forward(x: jax.Array):
+    inner = math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)
+    tanh = materialized(jnp.tanh(inner))
+    return 0.5 * x * (1 + tanh), (x, tanh)
+
+
+def _gelu_tanh_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
+    x, tanh = residuals
+    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+    return (grad * 0.5 * (1 + tanh + x * (1 - tanh * tanh) * slope),)
+
+
+gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)
 
 
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
