@@ -198,9 +198,9 @@ def _is_rule(line: str) -> bool:
 
 def _flags(settings: object, prefix: str) -> Iterator[str]:
     yield from ("--help", "--tyro-print-completion", "--tyro-write-completion")
-    for field in dataclasses.fields(settings):  # pyright: ignore[reportArgumentType]
-        name = prefix + field.name.replace("_", "-")
-        value = getattr(settings, field.name, None)
+    for entry in dataclasses.fields(settings):  # pyright: ignore[reportArgumentType]
+        name = prefix + entry.name.replace("_", "-")
+        value = getattr(settings, entry.name, None)
         if dataclasses.is_dataclass(value):
             yield from _flags(value, name + ".")
         else:
