@@ -69,7 +69,7 @@ class ModelConfig:
         logit_softcap: bound logits smoothly by `cap * tanh(logits / cap)` (Gemma 2).
         dropout: rate after the embedding, in the attention probabilities and after each sublayer.
         init: "gpt2" draws N(0, 0.02²) with residual outputs scaled by 1/√(2L); "modern" draws a
-            unit-variance embedding, 1/√fan-in matrices and zero residual outputs.
+            unit-variance embedding, 1/√fan-in matrices, and zero residual outputs and head.
         compute_dtype: dtype of matrix work; "auto" is bfloat16 where the chip has it.
         remat: what the backward pass recomputes: "none"; "dots" keeps only matrix products;
             "full" keeps only block inputs.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.attention import attention
 from gptjax.config import ModelConfig
@@ -308,6 +309,8 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int 
     outer, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
     width = math.prod(kernel.shape[:inputs])
     out = matmul(x.reshape(*outer, width), kernel.astype(x.dtype).reshape(width, -1))
+    # Rematerialization does not look into a custom_vjp for products: it goes by this name.
+    out = checkpoint_name(out, "product")
     out = out.reshape(*outer, *outputs)
     return out if bias is None else out + along_last(bias.astype(x.dtype), out)
 
@@ -506,7 +509,7 @@ def rematerialized(body: Any, config: ModelConfig) -> Any:
         case "none":
             return body
         case "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = jax.checkpoint_policies.save_only_these_names("product")
             return jax.checkpoint(body, policy=policy, prevent_cse=scan_unroll(config) > 1)
         case "full":
             return jax.checkpoint(body, prevent_cse=scan_unroll(config) > 1)

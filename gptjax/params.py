@@ -120,10 +120,9 @@ def param_specs(config: ModelConfig) -> Params:
     if config.embedding_norm:
         specs["embed"]["norm"] = norm(stacked=False)
     if not config.tie_embeddings:
-        head_std = 1 / math.sqrt(D) if modern else 0.02
-        specs["head"] = {
-            "kernel": ParamSpec((V, D), ("vocab", "embed"), "normal", head_std, "embedding")
-        }
+        # Zero starts at the uniform guess, whatever the width.
+        init = "zeros" if modern else "normal"
+        specs["head"] = {"kernel": ParamSpec((V, D), ("vocab", "embed"), init, 0.02, "embedding")}
     return specs
 
 
