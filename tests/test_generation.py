@@ -6,43 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import GPT2, MODERN, random_params
 
 from gptjax import generation
-from gptjax.config import ModelConfig, preset
+from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation import DecodeState, decode_step, generate, init_cache, prefill
 from gptjax.model import forward, unstack_blocks
-from gptjax.params import Params, ParamSpec, is_spec, param_specs
+from gptjax.params import Params
 from gptjax.sampling import Sampling
 
-SMALL = {
-    "vocab_size": 31,
-    "context_length": 16,
-    "num_layers": 2,
-    "embed_dim": 32,
-    "num_heads": 4,
-    "compute_dtype": "float32",
-}
-GPT2 = preset("char-gpt").replace(**SMALL)
-MODERN = preset("char-gpt-modern").replace(**SMALL, num_kv_heads=2)
 STYLES = pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
 
 run = jax.jit(forward, static_argnames="config")
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(2**32))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-def random_params(config: ModelConfig, rng: np.random.Generator) -> Params:
-    def draw(spec: ParamSpec) -> jax.Array:
-        values = rng.normal(spec.init == "ones", spec.std + 0.15, spec.shape)
-        return jnp.asarray(values, jnp.float32)
-
-    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
 
 
 def random_prompts(rng: np.random.Generator, lengths: tuple[int, ...]) -> list[list[int]]:

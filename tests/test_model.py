@@ -6,24 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import GPT2, MODERN, random_params
 
 from gptjax.attention import attention
-from gptjax.config import ModelConfig, preset
+from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.loss import loss_fn
 from gptjax.model import dropout, forward, unstack_blocks
-from gptjax.params import Params, ParamSpec, init_params, is_spec, param_specs
+from gptjax.params import Params, init_params
 
-SMALL = {
-    "vocab_size": 31,
-    "context_length": 16,
-    "num_layers": 2,
-    "embed_dim": 32,
-    "num_heads": 4,
-    "compute_dtype": "float32",
-}
-GPT2 = preset("char-gpt").replace(**SMALL)
-MODERN = preset("char-gpt-modern").replace(**SMALL, num_kv_heads=2)
 CONFIGS = {
     "gpt2": GPT2,
     "gpt2-grouped": GPT2.replace(num_kv_heads=2),
@@ -32,23 +23,6 @@ CONFIGS = {
 STYLES = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 run = jax.jit(forward, static_argnames="config")
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(2**32))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-def random_params(config: ModelConfig, rng: np.random.Generator) -> Params:
-    """No parameter at 0 or 1, so that each takes part in the result."""
-
-    def draw(spec: ParamSpec) -> jax.Array:
-        values = rng.normal(spec.init == "ones", spec.std + 0.15, spec.shape)
-        return jnp.asarray(values, jnp.float32)
-
-    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
 
 
 def random_tokens(config: ModelConfig, rng: np.random.Generator, rows: int = 3) -> np.ndarray:

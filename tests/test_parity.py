@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import GPT2, random_params
 
-from gptjax.config import ModelConfig, preset
+from gptjax.config import ModelConfig
 from gptjax.model import forward
 from gptjax.optimizer import OptimizerConfig, make_optimizer
-from gptjax.params import Params, ParamSpec, is_spec, param_specs
+from gptjax.params import Params
 from gptjax.training import init_state, make_train_step
 
 torch: Any = pytest.importorskip("torch", reason="PyTorch, which is compared with, is missing")
@@ -20,15 +21,6 @@ transformers: Any = pytest.importorskip(
     "transformers", reason="transformers, which is compared with, is missing"
 )
 
-SMALL = {
-    "vocab_size": 31,
-    "context_length": 16,
-    "num_layers": 2,
-    "embed_dim": 32,
-    "num_heads": 4,
-    "compute_dtype": "float32",
-}
-GPT2 = preset("char-gpt").replace(**SMALL)
 LLAMA = GPT2.replace(
     num_kv_heads=2,
     mlp_dim=48,
@@ -39,21 +31,6 @@ LLAMA = GPT2.replace(
     use_bias=False,
     tie_embeddings=False,
 )
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(2**32))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-def random_params(config: ModelConfig, rng: np.random.Generator) -> Params:
-    def draw(spec: ParamSpec) -> jax.Array:
-        values = rng.normal(spec.init == "ones", spec.std + 0.15, spec.shape)
-        return jnp.asarray(values, jnp.float32)
-
-    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
 
 
 def gpt2_weights(params: Params) -> dict[str, np.ndarray]:
