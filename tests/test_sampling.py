@@ -27,7 +27,7 @@ def kept(logits: np.ndarray, sampling: Sampling) -> set[int]:
     tokens = sorted(range(len(scaled)), key=lambda token: -scaled[token])
     if sampling.top_k is not None:
         tokens = tokens[: sampling.top_k]
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:  # 1 keeps all, however small
         probs = softmax(scaled[tokens])
         total, count = 0.0, 0
         while count < len(tokens) and total < sampling.top_p:
