@@ -1,6 +1,8 @@
-"""What a device can do: the matrix rate that utilization is measured against, and memory in use."""
+"""A device's matrix rate, which utilization is measured against, its memory, and CPU cores."""
 
+import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,19 +29,38 @@ _PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: Any = None) -> float:
-    """The matrix rate of one device in floating-point operations a second.
+def cores_as_devices(most: int = 16) -> None:
+    """Makes each core of a CPU a device, to be called before JAX is used for the first time.
 
-    By the data sheet for accelerators that are known here, otherwise (a CPU) measured with a
-    float32 product of two 1,024-wide matrices, which takes some tens of milliseconds.
+    XLA runs one program's small operations on one core each; as data-parallel replicas
+    (`gptjax.sharding.data_mesh`) the cores are all busy. Does nothing where the number of CPU
+    devices is already set (`jax_num_cpu_devices`, or `--xla_force_host_platform_device_count` in
+    `XLA_FLAGS`), and nothing to accelerators.
 
     Args:
-        device: a JAX device; None is the default one.
+        most: devices to make at most.
     """
-    device = jax.devices()[0] if device is None else device
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    if jax.config.jax_num_cpu_devices > 0:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    # Those that this process may run on, where the system tells: a container can have fewer.
+    tell = getattr(os, "sched_getaffinity", None)
+    cores = len(tell(0)) if tell else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", min(cores, most))
+
+
+def peak_flops(devices: Sequence[Any]) -> float:
+    """The matrix rate of JAX devices together, in floating-point operations a second.
+
+    By the data sheet for accelerators that are known here, otherwise (a CPU) measured with a
+    float32 product of two 1,024-wide matrices, which takes some tens of milliseconds. All cores
+    take part in it, whether they are one device or several.
+    """
+    device = devices[0]
     for kind, flops in _PEAK_FLOPS.items():
         if kind in device.device_kind:
-            return flops
+            return flops * len(devices)
     width = 1024
     x = jax.device_put(jnp.ones((width, width)), device)
     product = jax.jit(jnp.matmul)
@@ -72,7 +93,6 @@ def peak_bytes(compiled: Any) -> int | None:
     )
 
 
-def describe() -> str:
-    """The devices in a few words, such as "1 × NVIDIA H100 (gpu)"."""
-    devices = jax.devices()
+def describe(devices: Sequence[Any]) -> str:
+    """JAX devices in a few words, such as "1 × NVIDIA H100 (gpu)"."""
     return f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})"

@@ -5,18 +5,23 @@ import dataclasses
 import difflib
 import io
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
+from jax.sharding import Mesh
+
 from gptjax.config import ModelConfig
+from gptjax.devices import cores_as_devices
 from gptjax.errors import UserError, nearest
 from gptjax.fitting import FitResult, fit
 from gptjax.loss import LossOptions
 from gptjax.optimizer import OptimizerConfig
 from gptjax.reporting import print_error
+from gptjax.sharding import data_mesh
 
 Settings = TypeVar("Settings")
 
@@ -109,6 +114,7 @@ def train(experiment: Experiment) -> FitResult:
             corpus.validation, batch_size=experiment.eval_batch_size, **cut
         ),
         tokenizer=corpus.tokenizer,
+        mesh=replicas(experiment),
         seed=experiment.seed,
         accumulate=experiment.accumulate,
         eval_every=experiment.eval_every,
@@ -121,6 +127,13 @@ def train(experiment: Experiment) -> FitResult:
         | {"train_tokens": len(corpus.train)},
         wandb=experiment.wandb,
     )
+
+
+def replicas(experiment: Experiment) -> Mesh | None:
+    """The mesh that an experiment's batches are split over; None is one device."""
+    at_once = experiment.batch_size // max(experiment.accumulate, 1)
+    rows = math.gcd(at_once, experiment.eval_batch_size)
+    return data_mesh(max(rows, 1), at_once * experiment.model.context_length)
 
 
 def parse(
@@ -233,13 +246,14 @@ def run_command(command: Callable[[], object]) -> NoReturn:
 
 
 def configure_jax() -> None:
-    """Keeps compiled programs on disk, so that the same run compiles once.
+    """Uses every core of a CPU, and keeps compiled programs on disk for the next run.
 
-    In the folder of `JAX_COMPILATION_CACHE_DIR`, by default `~/.cache/gptjax`. Commands and
-    scripts call this; importing gptjax configures nothing.
+    The disk is the folder of `JAX_COMPILATION_CACHE_DIR`, by default `~/.cache/gptjax`. Commands
+    and scripts call this; importing gptjax configures nothing.
     """
     import jax
 
+    cores_as_devices()
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         cache = Path.home() / ".cache" / "gptjax"
         jax.config.update("jax_compilation_cache_dir", str(cache))

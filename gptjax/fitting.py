@@ -268,7 +268,8 @@ class _Run:
         """Runs the steps that are left."""
         start_step = self.step
         shown.message(
-            f"{quantity(count_params(self.config))} parameters on {devices.describe()}, "
+            f"{quantity(count_params(self.config))} parameters on "
+            f"{devices.describe(sharding.mesh_devices(self.mesh))}, "
             f"{self.steps - start_step} steps"
             + (f" (resuming at step {start_step})" if start_step else "")
         )
@@ -495,9 +496,8 @@ class _Meter:
     """Tokens a second since the last pause, and what share of the chips' matrix rate that is."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh | None):
-        count = 1 if mesh is None else mesh.size
         self._flops = flops_per_token(config)
-        self._peak = devices.peak_flops() * count
+        self._peak = devices.peak_flops(sharding.mesh_devices(mesh))
         self.restart()
 
     def restart(self) -> None:

@@ -31,6 +31,10 @@ RULES: dict[str, tuple[str, ...]] = {
 """Logical axis -> the mesh axes that it is split over."""
 
 
+TOKENS_PER_CORE = 256
+"""The fewest tokens of a step for which another core of a CPU is used as a device."""
+
+
 def make_mesh(
     data: int = 1,
     fsdp: int = 1,
@@ -75,6 +79,33 @@ def make_mesh(
     if len(devices) == 1:
         return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=axis_types)
     return jax.make_mesh(sizes, MESH_AXES, axis_types, devices=devices)
+
+
+def data_mesh(rows: int, tokens: int) -> Mesh | None:
+    """A mesh of replicas for steps over batches.
+
+    It takes as many of the devices as divide the rows. Where these are a CPU's cores (see
+    `gptjax.devices.cores_as_devices`), each is to have some hundred tokens, since narrow products
+    waste more than the further core gives.
+
+    Args:
+        rows: what the rows of every batch are a multiple of.
+        tokens: of a step, in all rows together.
+
+    Returns:
+        The mesh, or None where one device is to do all.
+    """
+    devices = jax.devices()
+    most = len(devices)
+    if devices[0].platform == "cpu":
+        most = min(most, tokens // TOKENS_PER_CORE)
+    count = max((n for n in range(1, most + 1) if rows % n == 0), default=1)
+    return make_mesh(data=count, devices=devices[:count]) if count > 1 else None
+
+
+def mesh_devices(mesh: Mesh | None) -> list[Any]:
+    """The devices of a mesh; for None the default one."""
+    return [jax.devices()[0]] if mesh is None else list(mesh.devices.flat)
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.experiment import Experiment, parse_flags, run_command
+from gptjax.experiment import Experiment, configure_jax, parse_flags, replicas, run_command
 
 GPTJAX, NANOGPT, MODERN = "gptjax", "nanoGPT", "gptjax, modern recipe with Muon"
 BATCHES = 16
@@ -102,19 +102,24 @@ def gptjax_step(experiment: Experiment, _: Path | None) -> Step:
     """The experiment's step in gptjax."""
     import jax
 
+    from gptjax import sharding
     from gptjax.optimizer import make_optimizer
     from gptjax.training import init_state, make_train_step
 
     optimizer = make_optimizer(experiment.optimizer, experiment.model, experiment.steps)
-    state = init_state(experiment.model, optimizer, jax.random.key(0))
-    train_step = make_train_step(experiment.model, optimizer)
+    configure_jax()
+    mesh = replicas(experiment)
+    state = init_state(experiment.model, optimizer, jax.random.key(0), mesh)
+    train_step = make_train_step(experiment.model, optimizer, mesh)
+    place = None if mesh is None else sharding.batch_sharding(mesh)
     batches: list[Any] = [
         {"tokens": tokens, "targets": targets} for tokens, targets in random_batches(experiment)
     ]
 
     def step(number: int) -> float:
         nonlocal state
-        state, metrics = train_step(state, batches[number % BATCHES])
+        batch = jax.device_put(batches[number % BATCHES], place)
+        state, metrics = train_step(state, batch)
         # The loss could be there before the update is.
         jax.block_until_ready(state)
         return float(metrics["loss"])
