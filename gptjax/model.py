@@ -291,12 +291,12 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 
 def _gelu_tanh_forward(x: jax.Array):
     inner = math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)
-    tanh = materialized(jnp.tanh(inner))
-    return 0.5 * x * (1 + tanh), (x, tanh)
+    return materialized(0.5 * x * (1 + jnp.tanh(inner))), (x,)
 
 
 def _gelu_tanh_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
-    x, tanh = residuals
+    (x,) = residuals
+    tanh = jnp.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
     slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
     return (grad * 0.5 * (1 + tanh + x * (1 - tanh * tanh) * slope),)
 

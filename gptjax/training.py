@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.loss import Batch, LossOptions, loss_fn, loss_sums, target_weights
+from gptjax.loss import Batch, LossOptions, loss_sums
 from gptjax.params import Params, init_params, param_shardings
 
 if TYPE_CHECKING:
@@ -140,35 +140,37 @@ def make_train_step(
     """
 
     def gradients(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Params, Metrics]:
-        if accumulate == 1:
-            loss = partial(
-                loss_fn, batch=batch, config=config, options=loss_options, dropout_key=key
-            )
-            grads, metrics = jax.grad(loss, has_aux=True)(params)
-            return grads, metrics
-        # One normalizer for all microbatches: a mean of means would weight tokens unequally.
-        tokens = jnp.sum(target_weights(batch))
-        count = jnp.where(tokens > 0, tokens, 1.0)
+        # Sums over a constant, and the count of tokens only at the end: devices then need not agree
+        # on it in the middle, and a mean of microbatches' means would weight tokens unequally.
+        size = batch["targets"].size
 
-        def microbatch(carry: tuple[Params, jax.Array], inputs: tuple[Batch, jax.Array]):
-            grads, nll = carry
-            micro, index = inputs
-            micro_key = None if key is None else jax.random.fold_in(key, index)
-
-            def objective(params: Params) -> tuple[jax.Array, jax.Array]:
+        def sum_gradients(params: Params, batch: Batch, key: jax.Array | None):
+            def objective(params: Params) -> tuple[jax.Array, Metrics]:
                 total, sums = loss_sums(
-                    params, micro, config, options=loss_options, dropout_key=micro_key
+                    params, batch, config, options=loss_options, dropout_key=key
                 )
-                return total / count, sums["nll"]
+                return total / size, sums
 
-            more, micro_nll = jax.grad(objective, has_aux=True)(params)
-            return (jax.tree.map(jnp.add, grads, more), nll + micro_nll), None
+            return jax.grad(objective, has_aux=True)(params)
 
-        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
-        (grads, nll), _ = jax.lax.scan(
-            microbatch, zeros, (split_batch(batch, accumulate), jnp.arange(accumulate))
-        )
-        return grads, {"loss": nll / count, "tokens": tokens}
+        if accumulate == 1:
+            grads, sums = sum_gradients(params, batch, key)
+        else:
+
+            def microbatch(totals: tuple[Params, Metrics], inputs: tuple[Batch, jax.Array]):
+                micro, index = inputs
+                micro_key = None if key is None else jax.random.fold_in(key, index)
+                return jax.tree.map(jnp.add, totals, sum_gradients(params, micro, micro_key)), None
+
+            zeros = {"nll": jnp.float32(0), "tokens": jnp.float32(0)}
+            (grads, sums), _ = jax.lax.scan(
+                microbatch,
+                (jax.tree.map(jnp.zeros_like, params), zeros),
+                (split_batch(batch, accumulate), jnp.arange(accumulate)),
+            )
+        count = jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
+        grads = jax.tree.map(lambda grad: grad * (size / count), grads)
+        return grads, {"loss": sums["nll"] / count, "tokens": sums["tokens"]}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         import optax
