@@ -6,6 +6,7 @@ C head width, F hidden width, V vocabulary, L layers. `x_BTD` is `[B, T, D]`.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -360,13 +361,35 @@ def normalize(x_BTD: jax.Array, params: Params, config: ModelConfig) -> jax.Arra
     if config.norm == "rmsnorm":
         return materialized(rms_norm(x_BTD, params.get("scale"), config.norm_eps))
     x = x_BTD.astype(jnp.float32)
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.norm_eps)
+    x = standardize(x, config.norm_eps)
     if "scale" in params:
         x = x * along_last(params["scale"].astype(jnp.float32), x)
     if "bias" in params:
         x = x + along_last(params["bias"].astype(jnp.float32), x)
     return materialized(x.astype(x_BTD.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def standardize(x: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / √(variance + eps) over the last dimension."""
+    return _standardize_forward(x, eps)[0]
+
+
+def _standardize_forward(x: jax.Array, eps: float):
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    x = materialized(x * inverse)
+    return x, (x, inverse)
+
+
+def _standardize_backward(eps: float, residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
+    x, inverse = residuals
+    mean = jnp.mean(grad, axis=-1, keepdims=True)
+    slope = jnp.mean(grad * x, axis=-1, keepdims=True)
+    return ((grad - mean - x * slope) * inverse,)
+
+
+standardize.defvjp(_standardize_forward, _standardize_backward)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
