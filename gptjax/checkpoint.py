@@ -285,9 +285,13 @@ def read_metadata(path: str | Path, step: int | str | None = None) -> dict[str, 
 
 
 def restore_params(
-    path: str | Path, abstract_params: PyTree, step: int | str | None = None
+    path: str | Path,
+    abstract_params: PyTree,
+    step: int | str | None = None,
+    *,
+    name: str = "params",
 ) -> PyTree:
-    """Restores the parameters alone; the files of the optimizer state are not opened.
+    """Restores the parameters alone; no file of the optimizer state is opened for `params`.
 
     Args:
         path: A run folder, its `checkpoints` folder, or the folder of one step.
@@ -296,6 +300,7 @@ def restore_params(
             cast as it is read.
         step: A number, "best", or "latest" (the default: the newest good one, with a warning
             where damaged ones are skipped).
+        name: The entry of the state that is read; "ema_params" is the average of the weights.
 
     Raises:
         UserError: As `CheckpointManager.restore`.
@@ -305,9 +310,12 @@ def restore_params(
         step = None
     elif step is not None:
         step = _chosen(path, folders, step)
-    wanted = {"params": abstract_params}
-    folder, _ = _first_good(folders, step, wanted, params_only=True)
-    return _load(folder, wanted)["params"]
+    wanted = {name: abstract_params}
+    folder, _ = _first_good(folders, step, wanted, only=name)
+    part = _part_of(name)
+    if part == name:
+        return _load(folder, wanted)[name]
+    return _load(folder, {part: wanted})[part][name]
 
 
 def find_checkpoint(path: str | Path, step: int | str | None = None) -> tuple["epath.Path", int]:
@@ -436,6 +444,11 @@ def _parts(tree: PyTree) -> dict[str, PyTree]:
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
+def _part_of(name: str) -> str:
+    """The part that holds an entry of the state."""
+    return "params" if name == "params" else "state"
+
+
 def _join(tree: PyTree, parts: dict[str, PyTree]) -> PyTree:
     """Puts restored parts into the structure of the tree, the inverse of `_parts`."""
     children, structure = _children(tree)
@@ -455,16 +468,21 @@ def _load(folder: "epath.Path", abstract_parts: dict[str, PyTree]) -> dict[str, 
         ),
         abstract_parts,
     )
-    return ocp.load_checkpointables(folder, targets)
+    context = ocp.Context()
+    # What is to be there has been checked; an entry may be read without those beside it.
+    context.pytree_options.loading.partial_load = True
+    with context:
+        return ocp.load_checkpointables(folder, targets)
 
 
 def _check_structure(
-    folder: "epath.Path", manifest: dict[str, Any], wanted: PyTree, params_only: bool
+    folder: "epath.Path", manifest: dict[str, Any], wanted: PyTree, only: str | None
 ) -> None:
     """Raises the UserError that lists how the stored leaves differ from the wanted ones."""
     stored = manifest["leaves"]
-    if params_only:
-        stored = {name: value for name, value in stored.items() if re.match(r"params(\.|$)", name)}
+    if only is not None:
+        entry = re.compile(re.escape(only) + r"(\.|$)")
+        stored = {name: value for name, value in stored.items() if entry.match(name)}
     expected = _leaves(wanted)
     differences = []
     for name in stored | expected:
@@ -473,7 +491,7 @@ def _check_structure(
             for side in (stored, expected)
         )
         same_shape = name in stored and name in expected and stored[name][0] == expected[name][0]
-        if old != new and not (params_only and same_shape):
+        if old != new and not (only is not None and same_shape):
             differences.append(f"{name}: checkpoint {old}, expected {new}")
     if differences:
         more = len(differences) - _MAX_DIFFERENCES
@@ -507,12 +525,13 @@ def _file_entries(folder: "epath.Path") -> dict[str, list[Any]]:
         }
 
 
-def _verify(folder: "epath.Path", manifest: dict[str, Any], params_only: bool) -> None:
+def _verify(folder: "epath.Path", manifest: dict[str, Any], only: str | None) -> None:
     """Checks the sizes and hashes of a step's files; many processes share the work."""
+    unread = {None: (), "params": ("state/",)}.get(only, ("params/",))
     entries = {
         folder / name: entry
         for name, entry in manifest["files"].items()
-        if not (params_only and name.startswith("state/"))
+        if not name.startswith(unread)
     }
     mine = list(entries)[jax.process_index() :: jax.process_count()]
     damage = None
@@ -682,7 +701,7 @@ def _first_good(
     folders: dict[int, "epath.Path"],
     step: int | None,
     wanted: PyTree,
-    params_only: bool = False,
+    only: str | None = None,
 ) -> tuple["epath.Path", dict[str, Any]]:
     """Finds the step to restore, verified, and its manifest; see `CheckpointManager.restore`."""
     if step is not None and step not in folders:
@@ -692,8 +711,8 @@ def _first_good(
         folder = folders[number]
         try:
             manifest = _read_manifest(folder)
-            _check_structure(folder, manifest, wanted, params_only)
-            _verify(folder, manifest, params_only)
+            _check_structure(folder, manifest, wanted, only)
+            _verify(folder, manifest, only)
         except _DamagedError as damage:
             damages.append(f"step {number} is damaged ({damage})")
             continue

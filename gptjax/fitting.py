@@ -528,13 +528,12 @@ def _refuse_other_run(out: Path, manager: CheckpointManager, identity: dict[str,
     Raises:
         UserError: if it is another, field by field.
     """
+    # A run that ended before its first checkpoint left nothing to resume and nothing to lose.
+    if manager.latest_step() is None:
+        return
     path = out / "config.json"
     if not path.exists():
-        if manager.latest_step() is not None:
-            raise UserError(
-                f"{out} holds checkpoints but no config.json; choose another out folder"
-            )
-        return
+        raise UserError(f"{out} holds checkpoints but no config.json; choose another out folder")
     stored = json.loads(path.read_text(encoding="utf-8"))
     differences = diff_configs(
         {name: _comparable(stored.get(name)) for name in identity},

@@ -155,6 +155,16 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -
     return jax.jit(init, out_shardings=shardings)()
 
 
+def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
+    """The parameters' shapes, dtypes and (with a mesh) shardings, without any arrays."""
+
+    def shape(spec: ParamSpec, place: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=place)
+
+    trees = [param_specs(config)] + ([] if mesh is None else [param_shardings(config, mesh)])
+    return jax.tree.map(shape, *trees, is_leaf=is_spec)
+
+
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """The `NamedSharding` of every parameter.
 

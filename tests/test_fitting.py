@@ -1,5 +1,6 @@
 """The loop: what a run leaves, and that however it is stopped it ends as if it never was."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from gptjax import fitting
 from gptjax.checkpoint import CheckpointManager, find_checkpoint
 from gptjax.config import ModelConfig
 from gptjax.data import BatchLoader, evaluation_batches
+from gptjax.devices import cores_as_devices
 from gptjax.errors import UserError
 from gptjax.fitting import NonFiniteLossError, fit, params_sha256
 from gptjax.generation import generate_text
@@ -34,6 +36,7 @@ from gptjax.params import count_params, init_params
 from gptjax.plots import read_metrics
 from gptjax.pretrained.loading import load
 from gptjax.sampling import Sampling
+from gptjax.sharding import TOKENS_PER_CORE, data_mesh
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import abstract_state
 
@@ -72,8 +75,10 @@ def loader(kind: type[BatchLoader] = BatchLoader) -> BatchLoader:
 
 
 if __name__ == "__main__":
-    # The child process of the tests below.
-    fit(CONFIG, OPTIMIZER, loader(SlowLoader), out=sys.argv[1], **arguments())
+    # The child process of the tests below, on two devices as scripts are on two cores.
+    cores_as_devices(2)
+    mesh = data_mesh(rows=4, tokens=2 * TOKENS_PER_CORE)
+    fit(CONFIG, OPTIMIZER, loader(SlowLoader), out=sys.argv[1], mesh=mesh, **arguments())
     sys.exit(0)
 
 
@@ -302,9 +307,9 @@ def test_signals_stop_well_and_a_second_run_in_the_folder_is_refused(
         assert f"stopped by {number.name} after step " in text
         assert "run the same command again to continue" in text
         assert not (out / "summary.json").exists()
-    result = fit(CONFIG, OPTIMIZER, loader(), out=out, progress=False, **arguments())
-    assert result.finished
-    assert result.summary["params_sha256"] == summary(finished)["params_sha256"]
+    status, text = Child.start(out, compiled_programs).end()
+    assert status == 0, text
+    assert summary(out)["params_sha256"] == summary(finished)["params_sha256"]
     assert_each_step_once(out)
 
 
@@ -410,6 +415,11 @@ def test_an_infinite_parameter_stops_or_is_skipped(tmp_path: Path, nonfinite):
             fit(CONFIG, OPTIMIZER, loader(), out=tmp_path, **given)
         found = json.loads((tmp_path / "nonfinite.json").read_text())
         assert found["last_good_checkpoint"] is None
+        # With nothing to resume, the folder takes a run with other settings.
+        calmer = dataclasses.replace(OPTIMIZER, learning_rate=1e-4)
+        again = fit(CONFIG, calmer, loader(), out=tmp_path, **(given | {"params": None}))
+        assert again.finished
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
         return
     result = fit(CONFIG, OPTIMIZER, loader(), out=tmp_path, **given)
     assert result.finished

@@ -208,6 +208,38 @@ def test_no_rank_is_promoted(
         jax.eval_shape(step, state, batch)
 
 
+CORES = """
+import jax
+from gptjax.devices import cores_as_devices
+from gptjax.sharding import data_mesh, mesh_devices
+
+cores_as_devices(int("{most}"))
+print(jax.device_count(), *(len(mesh_devices(data_mesh(*case))) for case in {cases}))
+"""
+
+
+def test_a_batch_is_split_over_the_cores_that_divide_it(tmp_path: Path) -> None:
+    root = str(Path(gptjax.__file__).parents[1])
+    cases = [(12, 768), (12, 255), (12, 512), (7, 10_000), (5, 10_000), (1, 10_000)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for flag, most, devices in (("=6", 16, 6), ("=6", 2, 6), ("", 2, min(cores or 1, 2))):
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count{flag}" if flag else ""
+        done = subprocess.run(
+            [sys.executable, "-c", CORES.format(most=most, cases=cases)],
+            env=env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        found = [int(word) for word in done.stdout.split()]
+        assert found[0] == devices
+        if devices == 6:
+            assert found[1:] == [3, 1, 2, 1, 5, 1]
+
+
 EIGHT = """
 import jax, numpy as np, optax
 from gptjax import ModelConfig, init_state, make_mesh, make_train_step, LossOptions

@@ -113,13 +113,13 @@ def gptjax_step(experiment: Experiment, _: Path | None) -> Step:
     train_step = make_train_step(experiment.model, optimizer, mesh)
     place = None if mesh is None else sharding.batch_sharding(mesh)
     batches: list[Any] = [
-        {"tokens": tokens, "targets": targets} for tokens, targets in random_batches(experiment)
+        jax.device_put({"tokens": tokens, "targets": targets}, place)
+        for tokens, targets in random_batches(experiment)
     ]
 
     def step(number: int) -> float:
         nonlocal state
-        batch = jax.device_put(batches[number % BATCHES], place)
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batches[number % BATCHES])
         # The loss could be there before the update is.
         jax.block_until_ready(state)
         return float(metrics["loss"])

@@ -2,21 +2,14 @@
 
 from pathlib import Path
 
-import optax
 from jax.sharding import Mesh
 
-from gptjax.checkpoint import (
-    CheckpointManager,
-    find_checkpoint,
-    read_metadata,
-    restore_params,
-)
+from gptjax.checkpoint import find_checkpoint, read_metadata, restore_params
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import Model
-from gptjax.optimizer import OptimizerConfig, make_optimizer
+from gptjax.params import abstract_params
 from gptjax.tokenizer import tokenizer_from_dict
-from gptjax.training import abstract_state
 
 
 def load(name: str | Path, mesh: Mesh | None = None) -> Model:
@@ -42,20 +35,16 @@ def load(name: str | Path, mesh: Mesh | None = None) -> Model:
 
 def _load_checkpoint(path: Path, mesh: Mesh | None) -> Model:
     try:
-        found, step = find_checkpoint(path, "best")
+        found, _ = find_checkpoint(path, "best")
     except UserError:
-        found, step = find_checkpoint(path)
+        found, _ = find_checkpoint(path)
     folder = Path(found)
     metadata = read_metadata(folder)
     config = ModelConfig.from_dict(metadata["model"])
     optimizer = metadata.get("optimizer") or {}
-    if optimizer.get("ema_decay") is not None:
-        transformation = make_optimizer(OptimizerConfig(**optimizer), config, metadata["steps"])
-        abstract = abstract_state(config, transformation, mesh, ema=True)
-        with CheckpointManager(folder.parent) as manager:
-            params = manager.restore(abstract, step).state.ema_params
-    else:
-        abstract = abstract_state(config, optax.identity(), mesh).params
-        params = restore_params(folder, abstract)
+    averaged = optimizer.get("ema_decay") is not None
+    params = restore_params(
+        folder, abstract_params(config, mesh), name="ema_params" if averaged else "params"
+    )
     stored = metadata.get("tokenizer")
     return Model(config, params, None if stored is None else tokenizer_from_dict(stored))
