@@ -6,7 +6,6 @@ C head width, F hidden width, V vocabulary, L layers. `x_BTD` is `[B, T, D]`.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -286,7 +285,7 @@ def activate(x: jax.Array, config: ModelConfig) -> jax.Array:
 
 @jax.custom_vjp
 def gelu_tanh(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form (Hendrycks & Gimpel 2016), which GPT-2 uses; tanh is computed once."""
+    """GELU in its tanh form (Hendrycks & Gimpel 2016), which GPT-2 uses; only x is kept for its gradient."""
     return _gelu_tanh_forward(x)[0]
 
 
@@ -295,7 +294,7 @@ def _gelu_tanh_forward(x: jax.Array):
     return materialized(0.5 * x * (1 + jnp.tanh(inner))), (x,)
 
 
-def _gelu_tanh_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
+def _gelu_tanh_backward(residuals: tuple[jax.Array], grad: jax.Array):
     (x,) = residuals
     tanh = jnp.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
     slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
@@ -369,7 +368,7 @@ def normalize(x_BTD: jax.Array, params: Params, config: ModelConfig) -> jax.Arra
     return materialized(x.astype(x_BTD.dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
+@jax.custom_vjp
 def standardize(x: jax.Array, eps: float) -> jax.Array:
     """(x - mean) / √(variance + eps) over the last dimension."""
     return _standardize_forward(x, eps)[0]
@@ -382,11 +381,11 @@ def _standardize_forward(x: jax.Array, eps: float):
     return x, (x, inverse)
 
 
-def _standardize_backward(eps: float, residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
+def _standardize_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
     x, inverse = residuals
     mean = jnp.mean(grad, axis=-1, keepdims=True)
     slope = jnp.mean(grad * x, axis=-1, keepdims=True)
-    return ((grad - mean - x * slope) * inverse,)
+    return (grad - mean - x * slope) * inverse, None
 
 
 standardize.defvjp(_standardize_forward, _standardize_backward)

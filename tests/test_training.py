@@ -16,6 +16,7 @@ from small_models import GPT2, MODERN, random_params
 import gptjax
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.loss import loss_fn
 from gptjax.optimizer import OptimizerConfig, make_optimizer
 from gptjax.sharding import make_mesh
 from gptjax.training import TrainState, abstract_state, init_state, make_train_step
@@ -65,6 +66,27 @@ def test_microbatches_equal_the_whole_batch(config: ModelConfig, rng: np.random.
             moved["blocks"]["attention"].pop("key_bias", None)
             assert min(jax.tree.leaves(moved)) > 1e-7
         jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=2e-6), result, expected)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_update_is_the_gradient_of_the_mean_loss(
+    accumulate: int, rng: np.random.Generator
+) -> None:
+    batch = random_batch(GPT2, rng)
+    shape = batch["targets"].shape
+    batch["targets"][rng.random(shape) < 0.4] = -100
+    batch["weights"] = rng.uniform(0, 2, shape).astype(np.float32)
+    optimizer = optax.sgd(1.0)
+    state = init_state(GPT2, optimizer, jax.random.key(1), params=random_params(GPT2, rng))
+    before = host(state.params)
+    found: Any = jax.value_and_grad(loss_fn, has_aux=True)(before, batch, GPT2)
+    (loss, _), expected = found
+    state, metrics = make_train_step(GPT2, optimizer, accumulate=accumulate)(state, batch)
+    moved = jax.tree.map(lambda old, new: old - new, before, host(state.params))
+    norm = float(optax.tree.norm(expected))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * norm), moved, expected)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
 
 
 def test_a_batch_that_does_not_divide_is_refused(rng: np.random.Generator) -> None:
