@@ -285,7 +285,7 @@ def activate(x: jax.Array, config: ModelConfig) -> jax.Array:
 
 @jax.custom_vjp
 def gelu_tanh(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form (Hendrycks & Gimpel 2016), which GPT-2 uses; only x is kept for its gradient."""
+    """GELU in its tanh form (Hendrycks & Gimpel 2016), which GPT-2 uses; it keeps x alone."""
     return _gelu_tanh_forward(x)[0]
 
 
