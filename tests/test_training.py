@@ -230,6 +230,23 @@ def test_no_rank_is_promoted(
         jax.eval_shape(step, state, batch)
 
 
+def run_alone(script: str, flags: str, folder: Path) -> str:
+    """What a script prints in a process of its own, on CPUs."""
+    root = str(Path(gptjax.__file__).parents[1])
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 CORES = """
 import jax
 from gptjax.devices import cores_as_devices
@@ -241,22 +258,12 @@ print(jax.device_count(), *(len(mesh_devices(data_mesh(*case))) for case in {cas
 
 
 def test_a_batch_is_split_over_the_cores_that_divide_it(tmp_path: Path) -> None:
-    root = str(Path(gptjax.__file__).parents[1])
     cases = [(12, 768), (12, 255), (12, 512), (7, 10_000), (5, 10_000), (1, 10_000)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for flag, most, devices in (("=6", 16, 6), ("=6", 2, 6), ("", 2, min(cores or 1, 2))):
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count{flag}" if flag else ""
-        done = subprocess.run(
-            [sys.executable, "-c", CORES.format(most=most, cases=cases)],
-            env=env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        found = [int(word) for word in done.stdout.split()]
+        flags = f"--xla_force_host_platform_device_count{flag}" if flag else ""
+        printed = run_alone(CORES.format(most=most, cases=cases), flags, tmp_path)
+        found = [int(word) for word in printed.split()]
         assert found[0] == devices
         if devices == 6:
             assert found[1:] == [3, 1, 2, 1, 5, 1]
@@ -303,18 +310,6 @@ print("equal")
 
 
 def test_eight_devices_equal_one(rng: np.random.Generator, tmp_path: Path) -> None:
-    root = str(Path(gptjax.__file__).parents[1])
     flags = "--xla_force_host_platform_device_count=8"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
     script = EIGHT.format(seed=int(rng.integers(2**32)))
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "equal" in done.stdout
+    assert "equal" in run_alone(script, flags, tmp_path)
