@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gptjax.config import ModelConfig, preset
 from gptjax.params import Params, ParamSpec, is_spec, param_specs
@@ -17,6 +18,7 @@ SMALL = {
 }
 GPT2 = preset("char-gpt").replace(**SMALL)
 MODERN = preset("char-gpt-modern").replace(**SMALL, num_kv_heads=2)
+STYLES = pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
 
 
 def random_params(config: ModelConfig, rng: np.random.Generator) -> Params:

@@ -6,22 +6,12 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
+from small_models import GPT2, MODERN
 
 from gptjax.config import EXECUTION_FIELDS, PRESETS, ModelConfig, preset
 from gptjax.errors import UserError
 from gptjax.params import count_params, init_params, param_shardings, param_specs
 from gptjax.sharding import MESH_AXES, like_params, make_mesh
-
-SMALL = {
-    "vocab_size": 31,
-    "context_length": 16,
-    "num_layers": 2,
-    "embed_dim": 32,
-    "num_heads": 4,
-    "compute_dtype": "float32",
-}
-GPT2 = preset("char-gpt").replace(**SMALL)
-MODERN = preset("char-gpt-modern").replace(**SMALL, num_kv_heads=2)
 
 
 @pytest.mark.parametrize(

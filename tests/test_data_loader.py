@@ -16,13 +16,6 @@ from gptjax.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(2**32))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(
         np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a

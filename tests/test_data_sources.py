@@ -23,13 +23,6 @@ SHAKESPEARE = ROOT.parent / "shared" / "assets" / "text" / "tinyshakespeare" / "
 NASTY = "\ufeffcrlf\r\nlf\ncr\rnul\x00 \u2028\u0085 e\u0301 👩‍👧 中文\n\n"
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(2**32))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def words(rng: np.random.Generator, count: int) -> list[str]:
     return [f"document {n}: {rng.integers(10**9)} né\r\n" for n in range(count)]
 

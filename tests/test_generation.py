@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import GPT2, MODERN, random_params
+from small_models import GPT2, STYLES, random_params
 
 from gptjax import generation
 from gptjax.config import ModelConfig
@@ -15,8 +15,6 @@ from gptjax.generation import DecodeState, decode_step, generate, init_cache, pr
 from gptjax.model import forward, unstack_blocks
 from gptjax.params import Params
 from gptjax.sampling import Sampling
-
-STYLES = pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
 
 run = jax.jit(forward, static_argnames="config")
 

@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import GPT2, MODERN, random_params
+from small_models import GPT2, STYLES, random_params
 
 from gptjax.config import ModelConfig
 from gptjax.loss import LossOptions, loss_fn
 from gptjax.model import forward
 from gptjax.params import Params, init_params
-
-STYLES = pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
 
 
 def random_batch(

@@ -7,23 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_models
+from small_models import GPT2
 
-from gptjax.config import ModelConfig, preset
+from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from gptjax.params import Params, param_specs
 
-SMALL = {"vocab_size": 31, "context_length": 16, "num_layers": 2, "embed_dim": 32, "num_heads": 4}
-GPT2 = preset("char-gpt").replace(**SMALL)
-MODERN = preset("char-gpt-modern").replace(**SMALL, num_kv_heads=2, norm_gain=True)
+MODERN = small_models.MODERN.replace(norm_gain=True)
 STYLES = pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(2**32))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def normal(config: ModelConfig, rng: np.random.Generator) -> Params:

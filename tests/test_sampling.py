@@ -9,13 +9,6 @@ from gptjax.errors import UserError
 from gptjax.sampling import Sampling, filter_logits, sample, split_sampling
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(2**32))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max())
     return e / e.sum()

@@ -36,13 +36,6 @@ FRAGMENTS = [
 ]
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(2**32))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 @pytest.fixture(scope="module")
 def trained() -> BPETokenizer:
     return BPETokenizer.train(["the cat sat on the mat. The hat, the bat!\n"] * 3, 300)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small_models import GPT2, MODERN, random_params
+from small_models import GPT2, STYLES, random_params
 
 import gptjax
 from gptjax.config import ModelConfig
@@ -20,8 +20,6 @@ from gptjax.loss import loss_fn
 from gptjax.optimizer import OptimizerConfig, make_optimizer
 from gptjax.sharding import make_mesh
 from gptjax.training import TrainState, abstract_state, init_state, make_train_step
-
-STYLES = pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
 
 
 def random_batch(config: ModelConfig, rng: np.random.Generator, rows: int = 4) -> dict[str, Any]:
