@@ -196,6 +196,9 @@ def fit(
         run.sample_prompt = run.choose_prompt(sample_prompt, first)
         state = run.restore(abstract_state(config, transformation, mesh, ema=run.use_ema))
         if state is None:
+            # Of a run that left no checkpoint.
+            for name in ("samples.txt", "nonfinite.json"):
+                (out / name).unlink(missing_ok=True)
             state = init_state(
                 config, transformation, jax.random.key(seed), mesh, params=params, ema=run.use_ema
             )
@@ -474,8 +477,7 @@ class _Run:
 
     def place(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Starts the batch's way to the device."""
-        where = None if self.mesh is None else sharding.batch_sharding(self.mesh)
-        return jax.device_put(batch, where)
+        return sharding.place_batch(batch, self.mesh)
 
     def choose_prompt(self, given: str | None, first: dict[str, np.ndarray]) -> str | None:
         """What samples continue."""

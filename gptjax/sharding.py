@@ -136,6 +136,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch", "sequence")))
 
 
+def place_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Starts a batch's way to the devices of a mesh; for None to the default one."""
+    return jax.device_put(batch, None if mesh is None else batch_sharding(mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

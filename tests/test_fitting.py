@@ -419,6 +419,7 @@ def test_an_infinite_parameter_stops_or_is_skipped(tmp_path: Path, nonfinite):
         calmer = dataclasses.replace(OPTIMIZER, learning_rate=1e-4)
         again = fit(CONFIG, calmer, loader(), out=tmp_path, **(given | {"params": None}))
         assert again.finished
+        assert not (tmp_path / "nonfinite.json").exists()
         assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
         return
     result = fit(CONFIG, OPTIMIZER, loader(), out=tmp_path, **given)

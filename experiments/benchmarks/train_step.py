@@ -102,8 +102,8 @@ def gptjax_step(experiment: Experiment, _: Path | None) -> Step:
     """The experiment's step in gptjax."""
     import jax
 
-    from gptjax import sharding
     from gptjax.optimizer import make_optimizer
+    from gptjax.sharding import place_batch
     from gptjax.training import init_state, make_train_step
 
     optimizer = make_optimizer(experiment.optimizer, experiment.model, experiment.steps)
@@ -111,9 +111,8 @@ def gptjax_step(experiment: Experiment, _: Path | None) -> Step:
     mesh = replicas(experiment)
     state = init_state(experiment.model, optimizer, jax.random.key(0), mesh)
     train_step = make_train_step(experiment.model, optimizer, mesh)
-    place = None if mesh is None else sharding.batch_sharding(mesh)
     batches: list[Any] = [
-        jax.device_put({"tokens": tokens, "targets": targets}, place)
+        place_batch({"tokens": tokens, "targets": targets}, mesh)
         for tokens, targets in random_batches(experiment)
     ]
 

@@ -31,7 +31,7 @@ def make_eval_step(
 
     def step_on_mesh(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         with jax.set_mesh(mesh):
-            return jitted(params, jax.device_put(batch, sharding.batch_sharding(mesh)))
+            return jitted(params, sharding.place_batch(batch, mesh))
 
     return step_on_mesh
 
