@@ -20,7 +20,7 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -312,10 +312,7 @@ def restore_params(
         step = _chosen(path, folders, step)
     wanted = {name: abstract_params}
     folder, _ = _first_good(folders, step, wanted, only=name)
-    part = _part_of(name)
-    if part == name:
-        return _load(folder, wanted)[name]
-    return _load(folder, {part: wanted})[part][name]
+    return _join(wanted, _load(folder, _parts(wanted)))[name]
 
 
 def find_checkpoint(path: str | Path, step: int | str | None = None) -> tuple["epath.Path", int]:
@@ -444,11 +441,6 @@ def _parts(tree: PyTree) -> dict[str, PyTree]:
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
-def _part_of(name: str) -> str:
-    """The part that holds an entry of the state."""
-    return "params" if name == "params" else "state"
-
-
 def _join(tree: PyTree, parts: dict[str, PyTree]) -> PyTree:
     """Puts restored parts into the structure of the tree, the inverse of `_parts`."""
     children, structure = _children(tree)
@@ -525,13 +517,13 @@ def _file_entries(folder: "epath.Path") -> dict[str, list[Any]]:
         }
 
 
-def _verify(folder: "epath.Path", manifest: dict[str, Any], only: str | None) -> None:
-    """Checks the sizes and hashes of a step's files; many processes share the work."""
-    unread = {None: (), "params": ("state/",)}.get(only, ("params/",))
+def _verify(folder: "epath.Path", manifest: dict[str, Any], parts: Set[str]) -> None:
+    """Checks sizes and hashes of the files of some parts; many processes share the work."""
+    unread = {"params", "state"} - parts
     entries = {
         folder / name: entry
         for name, entry in manifest["files"].items()
-        if not name.startswith(unread)
+        if name.partition("/")[0] not in unread
     }
     mine = list(entries)[jax.process_index() :: jax.process_count()]
     damage = None
@@ -712,7 +704,7 @@ def _first_good(
         try:
             manifest = _read_manifest(folder)
             _check_structure(folder, manifest, wanted, only)
-            _verify(folder, manifest, only)
+            _verify(folder, manifest, _parts(wanted).keys())
         except _DamagedError as damage:
             damages.append(f"step {number} is damaged ({damage})")
             continue

@@ -39,6 +39,9 @@ def cores_as_devices(most: int = 16) -> None:
 
     Args:
         most: devices to make at most.
+
+    Raises:
+        RuntimeError: by JAX, if it has been used already.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return

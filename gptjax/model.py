@@ -290,15 +290,18 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 
 
 def _gelu_tanh_forward(x: jax.Array):
-    inner = math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)
-    return materialized(0.5 * x * (1 + jnp.tanh(inner))), (x,)
+    return materialized(0.5 * x * (1 + _inner_tanh(x))), (x,)
 
 
 def _gelu_tanh_backward(residuals: tuple[jax.Array], grad: jax.Array):
     (x,) = residuals
-    tanh = jnp.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
+    tanh = _inner_tanh(x)
     slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
     return (grad * 0.5 * (1 + tanh + x * (1 - tanh * tanh) * slope),)
+
+
+def _inner_tanh(x: jax.Array) -> jax.Array:
+    return jnp.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
 
 
 gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)
