@@ -11,6 +11,7 @@ def attention(
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
     *,
+    window: jax.Array | None = None,
     query_slots: jax.Array | None = None,
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
@@ -26,6 +27,7 @@ def attention(
         q_BTHC: queries, `[B, T, H, C]`.
         k_BSKC: keys, `[B, S, K, C]`; query head h uses key head `h // (H / K)`.
         v_BSKC: values, `[B, S, K, C]`.
+        window: scalar int; a query sees only so many keys back, its own slot included. None is all.
         query_slots: `[B, T]` or `[T]`, the slot among the S keys that each query stands in. None
             means that the queries are the last T of the S slots.
         query_segments: `[B, T]` int, the document that each query belongs to.
@@ -47,6 +49,8 @@ def attention(
     slots = jnp.arange(S - T, S) if query_slots is None else query_slots
     slots = slots.reshape(-1, T, 1)
     visible = jnp.arange(S)[None, None] <= slots
+    if window is not None:
+        visible &= jnp.arange(S)[None, None] > slots - window
     if query_segments is not None and key_segments is not None:
         visible &= query_segments[:, :, None] == key_segments[:, None, :]
 

@@ -1,6 +1,7 @@
 """The shape of a model: one frozen, hashable dataclass, and presets by name."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -8,7 +9,8 @@ from gptjax.errors import UserError, nearest
 
 Position = Literal["learned", "rope"]
 Norm = Literal["layernorm", "rmsnorm"]
-Activation = Literal["gelu_tanh", "gelu", "relu", "squared_relu", "silu"]
+Activation = Literal["gelu_tanh", "gelu", "quick_gelu", "relu", "squared_relu", "silu", "tanh"]
+RopeKind = Literal["linear", "llama3", "yarn"]
 Init = Literal["gpt2", "modern"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -19,7 +21,7 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check_literals(config: "ModelConfig") -> None:
+def _check_literals(config: "ModelConfig | RopeScaling") -> None:
     for field in dataclasses.fields(config):
         legal = getattr(field.type, "__args__", ())
         value = getattr(config, field.name)
@@ -32,6 +34,62 @@ def _check_keys(fields: dict[str, Any]) -> None:
     for name in fields:
         if name not in known:
             raise UserError(f"unknown field {name!r} of ModelConfig{nearest(name, known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How RoPE's frequencies are changed to reach beyond the context that a model was trained on.
+
+    Attributes:
+        kind: "linear" divides all by `factor` (Chen et al. 2023); "llama3" divides those of long
+            wavelengths only, with a smooth passage (Grattafiori et al. 2024, section 3.4.1 names
+            it; the formula is that of Meta's published code); "yarn" divides those that turn
+            rarely within `original_context` (Peng et al. 2023, section 3.2).
+        factor: how much longer the context becomes.
+        original_context: the context trained on, in tokens; "linear" does not need it.
+        low_frequency: llama3: wavelengths above `original_context / low_frequency` are divided.
+        high_frequency: llama3: wavelengths below `original_context / high_frequency` stay.
+        beta_fast: yarn: frequencies of more turns than this stay.
+        beta_slow: yarn: frequencies of fewer turns than this are divided.
+        truncate: yarn: whether the bounds of the passage are rounded to whole dimensions.
+        attention_factor: yarn: multiplies queries and keys after the rotation; None is
+            `0.1 ln(factor) + 1`.
+
+    Raises:
+        UserError: if a field is out of range.
+    """
+
+    kind: RopeKind
+    factor: float
+    original_context: int | None = None
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _require(self.factor > 0, f"rope_scaling.factor is {self.factor}; above 0")
+        _require(
+            self.kind == "linear" or (self.original_context or 0) >= 1,
+            f"rope_scaling of kind {self.kind!r} needs original_context, the context trained on",
+        )
+        _require(
+            self.kind != "llama3" or self.high_frequency > self.low_frequency,
+            f"rope_scaling.high_frequency {self.high_frequency} must exceed "
+            f"low_frequency {self.low_frequency}",
+        )
+
+    @property
+    def magnitude(self) -> float:
+        """What multiplies queries and keys after the rotation."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 
 def _divisors(number: int) -> list[int]:
@@ -56,6 +114,8 @@ class ModelConfig:
         mlp_dim: F, hidden width of the feed-forward layer; None means `4 * embed_dim`.
         position: "learned" vectors added to the embedding, or "rope" (Su et al. 2021).
         rope_base: base of RoPE's geometric sequence of wavelengths.
+        rope_fraction: share of each head's width that RoPE turns, from its start (GPT-NeoX).
+        rope_scaling: see `RopeScaling`; None leaves the frequencies as they are.
         norm: "layernorm" or "rmsnorm" (Zhang & Sennrich 2019), before each sublayer.
         norm_gain: whether norms learn a gain for each channel.
         norm_eps: added to the variance or mean square.
@@ -63,9 +123,20 @@ class ModelConfig:
         activation: the feed-forward nonlinearity. "squared_relu" is So et al. 2021.
         gated_mlp: multiply the activated branch with a second linear one (Shazeer 2020);
             with "silu" this is SwiGLU.
-        use_bias: biases in linear layers and in LayerNorm.
+        use_bias: biases in linear layers and in LayerNorm. The three that follow say otherwise of
+            one kind of linear layer.
         tie_embeddings: use the token embedding as the output matrix.
         embedding_norm: normalize the embedding before the first block.
+        qkv_bias: biases of queries, keys and values; None means `use_bias`.
+        out_bias: bias of the attention's output; None means `use_bias`.
+        mlp_bias: biases of the feed-forward layer; None means `use_bias`.
+        parallel_blocks: attention and feed-forward layer both read the block's input, and both are
+            added to it (Wang & Komatsuzaki 2021), where they else follow each other.
+        attention_scale: multiplies the products of queries and keys; None means `1 / √head_dim`.
+        inverse_layer_scale: divide these products by the block's number too, from 1 (Mistral GPT-2).
+        sliding_window: how many tokens a query sees, itself included (Beltagy et al. 2020); None
+            is all before it.
+        windowed_layers: the blocks, from 0, that `sliding_window` holds for; None means all.
         logit_softcap: bound logits smoothly by `cap * tanh(logits / cap)` (Gemma 2).
         dropout: rate after the embedding, in the attention probabilities and after each sublayer.
         init: "gpt2" draws N(0, 0.02²) with residual outputs scaled by 1/√(2L); "modern" draws a
@@ -94,6 +165,8 @@ class ModelConfig:
     mlp_dim: int | None = None
     position: Position = "learned"
     rope_base: float = 10_000.0
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
     norm: Norm = "layernorm"
     norm_gain: bool = True
     norm_eps: float = 1e-5
@@ -101,6 +174,14 @@ class ModelConfig:
     activation: Activation = "gelu_tanh"
     gated_mlp: bool = False
     use_bias: bool = True
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
+    mlp_bias: bool | None = None
+    parallel_blocks: bool = False
+    attention_scale: float | None = None
+    inverse_layer_scale: bool = False
+    sliding_window: int | None = None
+    windowed_layers: tuple[int, ...] | None = None
     tie_embeddings: bool = True
     embedding_norm: bool = False
     logit_softcap: float | None = None
@@ -114,7 +195,7 @@ class ModelConfig:
         _check_literals(self)
         for name in ("vocab_size", "context_length", "num_layers", "embed_dim", "num_heads"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
-        for name in ("num_kv_heads", "head_dim", "mlp_dim", "scan_unroll"):
+        for name in ("num_kv_heads", "head_dim", "mlp_dim", "sliding_window", "scan_unroll"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; at least 1, or None")
         if self.head_dim is None:
@@ -129,9 +210,19 @@ class ModelConfig:
             f"choose num_kv_heads from {_divisors(self.num_heads)}",
         )
         _require(
-            self.position != "rope" or self.head_width % 2 == 0,
-            f"head width {self.head_width} is odd; RoPE rotates pairs, so it must be even",
+            self.position != "rope" or (self.rope_width % 2 == 0 and self.rope_width > 0),
+            f"RoPE would turn {self.rope_width} of the {self.head_width} channels of a head, which "
+            "is odd or none; it rotates pairs, so change head_dim or rope_fraction",
         )
+        _require(
+            0.0 < self.rope_fraction <= 1.0,
+            f"rope_fraction is {self.rope_fraction}; above 0 and at most 1",
+        )
+        for layer in self.windowed_layers or ():
+            _require(
+                0 <= layer < self.num_layers,
+                f"windowed_layers names block {layer} of {self.num_layers}; they count from 0",
+            )
         _require(0.0 <= self.dropout < 1.0, f"dropout is {self.dropout}; from 0 up to, not 1")
         _require(
             self.logit_softcap is None or self.logit_softcap > 0,
@@ -152,6 +243,16 @@ class ModelConfig:
     def mlp_width(self) -> int:
         """F, with the default resolved."""
         return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
+
+    @property
+    def rope_width(self) -> int:
+        """Channels of each head that RoPE turns."""
+        return int(self.head_width * self.rope_fraction)
+
+    def has_bias(self, layer: Literal["qkv", "out", "mlp"]) -> bool:
+        """Whether a kind of linear layer has biases, with the default resolved."""
+        own = getattr(self, f"{layer}_bias")
+        return self.use_bias if own is None else own
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some fields changed.
@@ -174,6 +275,12 @@ class ModelConfig:
             UserError: if a field is unknown; the nearest known name is given.
         """
         _check_keys(fields)
+        fields = dict(fields)
+        # JSON knows neither tuples nor dataclasses.
+        if isinstance(fields.get("rope_scaling"), dict):
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        if fields.get("windowed_layers") is not None:
+            fields["windowed_layers"] = tuple(fields["windowed_layers"])
         return cls(**fields)
 
 

@@ -189,7 +189,7 @@ def parse_flags(
                 default=tyro.MISSING_NONPROP if default is None else default,
                 description=description,
                 args=args,
-                config=(tyro.conf.FlagConversionOff,),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as end:
         if not end.code:

@@ -537,6 +537,10 @@ def _refuse_other_run(out: Path, manager: CheckpointManager, identity: dict[str,
     if not path.exists():
         raise UserError(f"{out} holds checkpoints but no config.json; choose another out folder")
     stored = json.loads(path.read_text(encoding="utf-8"))
+    for name, defaults in (("model", ModelConfig()), ("optimizer", OptimizerConfig())):
+        if isinstance(stored.get(name), dict):
+            # A field that came to gptjax after the run was begun had its default then.
+            stored[name] = defaults.to_dict() | stored[name]
     differences = diff_configs(
         {name: _comparable(stored.get(name)) for name in identity},
         {name: _comparable(identity[name]) for name in identity},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.attention import attention
@@ -48,6 +49,15 @@ class Context(NamedTuple):
     """The document of each token."""
     slots_BT: jax.Array | None
     """With a cache: the slot that each token is written to."""
+
+
+class Layer(NamedTuple):
+    """What sets one block apart beside its weights; None where the model's blocks are all alike."""
+
+    window: jax.Array | None
+    """How many tokens a query sees, itself included."""
+    query_scale: jax.Array | None
+    """Multiplies the queries."""
 
 
 def forward(
@@ -147,26 +157,44 @@ def run_blocks(
     """Applies the blocks in turn: scanned where they are stacked, one by one in a tuple."""
     L = config.num_layers
     keys = None if dropout_key is None else jax.random.split(dropout_key, L)
+    layers = layer_traits(config)
     if isinstance(blocks, tuple):
         extended = []
         for layer, params in enumerate(blocks):
             key = None if keys is None else keys[layer]
             layer_cache = None if cache is None else cache[layer]
-            x_BTD, layer_cache = block(params, x_BTD, context, config, key, layer_cache)
+            traits = jax.tree.map(lambda values, layer=layer: values[layer], layers)
+            x_BTD, layer_cache = block(params, x_BTD, context, config, traits, key, layer_cache)
             extended.append(layer_cache)
         return x_BTD, None if cache is None else tuple(extended)
 
     # Cast before the loop, so that what is gathered over a mesh inside it is in the small dtype.
     blocks = jax.tree.map(lambda w: w.astype(x_BTD.dtype), blocks)
 
-    def body(x_BTD: jax.Array, layer: tuple[Params, jax.Array | None]):
-        params, key = layer
-        return block(params, x_BTD, context, config, key, None)
+    def body(x_BTD: jax.Array, layer: tuple[Params, Layer, jax.Array | None]):
+        params, traits, key = layer
+        return block(params, x_BTD, context, config, traits, key, None)
 
     x_BTD, _ = jax.lax.scan(
-        rematerialized(body, config), x_BTD, (blocks, keys), unroll=scan_unroll(config)
+        rematerialized(body, config), x_BTD, (blocks, layers, keys), unroll=scan_unroll(config)
     )
     return x_BTD, None
+
+
+def layer_traits(config: ModelConfig) -> Layer:
+    """The `Layer` of every block, each field `[L]` or None."""
+    L, C = config.num_layers, config.head_width
+    window = query_scale = None
+    if config.sliding_window is not None and config.sliding_window < config.context_length:
+        windowed = range(L) if config.windowed_layers is None else config.windowed_layers
+        window = np.full(L, config.context_length, np.int32)
+        window[list(windowed)] = config.sliding_window
+    if config.attention_scale is not None or config.inverse_layer_scale:
+        # Relative to what `attention` multiplies with.
+        scale = 1.0 if config.attention_scale is None else config.attention_scale * math.sqrt(C)
+        number = np.arange(1, L + 1) if config.inverse_layer_scale else np.ones(L)
+        query_scale = (scale / number).astype(np.float32)
+    return Layer(window, query_scale)  # pyright: ignore[reportArgumentType]
 
 
 def block(
@@ -174,17 +202,26 @@ def block(
     x_BTD: jax.Array,
     context: Context,
     config: ModelConfig,
+    layer: Layer,
     dropout_key: jax.Array | None = None,
     cache: LayerCache | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
-    """One Transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Parallel blocks read the same x in both.
+    """
     keys = (None, None, None) if dropout_key is None else jax.random.split(dropout_key, 3)
     with jax.named_scope("attention"):
         h_BTD = normalize(x_BTD, params["attention_norm"], config)
-        h_BTD, cache = self_attention(params["attention"], h_BTD, context, config, keys[0], cache)
+        h_BTD, cache = self_attention(
+            params["attention"], h_BTD, context, config, layer, keys[0], cache
+        )
+        mlp_input_BTD = x_BTD
         x_BTD = x_BTD + dropout(h_BTD, config.dropout, keys[1])
+        if not config.parallel_blocks:
+            mlp_input_BTD = x_BTD
     with jax.named_scope("mlp"):
-        h_BTD = normalize(x_BTD, params["mlp_norm"], config)
+        h_BTD = normalize(mlp_input_BTD, params["mlp_norm"], config)
         x_BTD = x_BTD + dropout(mlp(params["mlp"], h_BTD, config), config.dropout, keys[2])
     return constrain(x_BTD, "batch", "sequence", "width"), cache
 
@@ -194,6 +231,7 @@ def self_attention(
     x_BTD: jax.Array,
     context: Context,
     config: ModelConfig,
+    layer: Layer,
     dropout_key: jax.Array | None,
     cache: LayerCache | None,
 ) -> tuple[jax.Array, LayerCache | None]:
@@ -206,6 +244,8 @@ def self_attention(
         if context.rotation is not None:
             q_BTHC = rotate(q_BTHC, *context.rotation)
             k_BTKC = rotate(k_BTKC, *context.rotation)
+        if layer.query_scale is not None:
+            q_BTHC = q_BTHC * jnp.asarray(layer.query_scale, q_BTHC.dtype)
         q_BTHC = constrain(q_BTHC, "batch", "sequence", "heads", "head")
 
     k_BSKC, v_BSKC = k_BTKC, v_BTKC
@@ -218,6 +258,7 @@ def self_attention(
             q_BTHC,
             k_BSKC,
             v_BSKC,
+            window=layer.window,
             query_slots=context.slots_BT,
             query_segments=context.segments_BT,
             key_segments=context.segments_BT,
@@ -275,12 +316,16 @@ def activate(x: jax.Array, config: ModelConfig) -> jax.Array:
             return gelu_tanh(x)
         case "gelu":
             return jax.nn.gelu(x, approximate=False)
+        case "quick_gelu":
+            return x * jax.nn.sigmoid(1.702 * x)
         case "relu":
             return jax.nn.relu(x)
         case "squared_relu":
             return jnp.square(jax.nn.relu(x))
         case "silu":
             return jax.nn.silu(x)
+        case "tanh":
+            return jnp.tanh(x)
 
 
 @jax.custom_vjp
@@ -404,17 +449,58 @@ def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
 
 
 def rope_rotation(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of RoPE's angles (Su et al. 2021), each `[B or 1, T, 1, C / 2]` float32."""
-    half = config.head_width // 2
-    frequencies = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    """cos and sin of RoPE's angles (Su et al. 2021), each `[B or 1, T, 1, R / 2]` float32.
+
+    R is `config.rope_width`. Scaled RoPE may make them longer than 1 (`RopeScaling.magnitude`).
+    """
+    frequencies = jnp.asarray(rope_frequencies(config), jnp.float32)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    magnitude = 1.0 if config.rope_scaling is None else config.rope_scaling.magnitude
+    return (cos, sin) if magnitude == 1 else (cos * magnitude, sin * magnitude)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """RoPE's frequencies in radians a token, `[R / 2]` float64, scaled as the model says."""
+    R, base, scaling = config.rope_width, config.rope_base, config.rope_scaling
+    frequencies = base ** (-np.arange(0, R, 2) / R)
+    if scaling is None:
+        return frequencies
+    divided = frequencies / scaling.factor
+    # `kept` says how much of each frequency stays undivided, from 0 to 1.
+    if scaling.kind == "linear":
+        return divided
+    assert scaling.original_context is not None
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    if scaling.kind == "llama3":
+        low, high = scaling.low_frequency, scaling.high_frequency
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+    else:
+
+        def dimension(turns: float) -> float:
+            """The pair, as a real number, whose frequency makes so many turns."""
+            wavelength = scaling.original_context / (2 * math.pi * turns)
+            return R * math.log(wavelength) / (2 * math.log(base))
+
+        first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, R - 1)
+        if first == last:
+            last += 0.001
+        kept = 1 - np.clip((np.arange(R // 2) - first) / (last - first), 0, 1)
+    return frequencies * kept + divided * (1 - kept)
 
 
 def rotate(x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + C/2) of each head, the pairing of Llama's published weights."""
-    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Rotates the pairs (i, i + R/2) of each head, the pairing of Llama's published weights.
+
+    R is twice the last dimension of cos and sin; channels beyond it pass as they are.
+    """
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x_BTHC.astype(jnp.float32), (half, 2 * half), axis=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    turned = jnp.concatenate([*parts, rest] if rest.shape[-1] else parts, axis=-1)
     return turned.astype(x_BTHC.dtype)
 
 

@@ -86,11 +86,13 @@ def param_specs(config: ModelConfig) -> Params:
     }
     if config.gated_mlp:
         mlp["gate"] = matrix((D, F), ("embed", "mlp"))
-    if config.use_bias:
+    if config.has_bias("qkv"):
         attention["query_bias"] = bias((H, C), ("heads", "head"))
         attention["key_bias"] = bias((K, C), ("kv_heads", "head"))
         attention["value_bias"] = bias((K, C), ("kv_heads", "head"))
+    if config.has_bias("out"):
         attention["out_bias"] = bias((D,), ("embed",))
+    if config.has_bias("mlp"):
         mlp["up_bias"] = bias((F,), ("mlp",))
         mlp["down_bias"] = bias((D,), ("embed",))
         if config.gated_mlp:
