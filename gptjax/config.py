@@ -133,7 +133,7 @@ class ModelConfig:
         parallel_blocks: attention and feed-forward layer both read the block's input, and both are
             added to it (Wang & Komatsuzaki 2021), where they else follow each other.
         attention_scale: multiplies the products of queries and keys; None means `1 / √head_dim`.
-        inverse_layer_scale: divide these products by the block's number too, from 1 (Mistral GPT-2).
+        inverse_layer_scale: divide these products by the block's number, from 1, too.
         sliding_window: how many tokens a query sees, itself included (Beltagy et al. 2020); None
             is all before it.
         windowed_layers: the blocks, from 0, that `sliding_window` holds for; None means all.

@@ -9,11 +9,11 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
 from jax.sharding import Mesh
 
+from gptjax.caching import cache_directory
 from gptjax.config import ModelConfig
 from gptjax.devices import cores_as_devices
 from gptjax.errors import UserError, nearest
@@ -248,13 +248,12 @@ def run_command(command: Callable[[], object]) -> NoReturn:
 def configure_jax() -> None:
     """Uses every core of a CPU, and keeps compiled programs on disk for the next run.
 
-    The disk is the folder of `JAX_COMPILATION_CACHE_DIR`, by default `~/.cache/gptjax`. Commands
+    The disk is the folder of `JAX_COMPILATION_CACHE_DIR`, by default `cache_directory()`. Commands
     and scripts call this; importing gptjax configures nothing.
     """
     import jax
 
     cores_as_devices()
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        cache = Path.home() / ".cache" / "gptjax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

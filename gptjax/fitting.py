@@ -23,7 +23,6 @@ from gptjax.config import EXECUTION_FIELDS, ModelConfig
 from gptjax.data.position import DataPosition
 from gptjax.errors import UserError
 from gptjax.evaluation.perplexity import evaluate_loss, make_eval_step
-from gptjax.generation import generate_text
 from gptjax.loss import LossOptions
 from gptjax.model import Model
 from gptjax.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -32,6 +31,7 @@ from gptjax.plots import plot_losses
 from gptjax.reporting import MetricsLog, Progress, duration, quantity, require_wandb
 from gptjax.sampling import Sampling
 from gptjax.signals import Stop, stop_on_signals
+from gptjax.text_generation import generate_text
 from gptjax.training import TrainState, abstract_state, init_state, make_train_step, split_batch
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Continuing prompts with a key-value cache: ragged batches, one device program."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +12,6 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import (
     LayerCache,
-    Model,
     compute_dtype,
     hidden_states,
     unembed,
@@ -34,6 +33,28 @@ class DecodeState(NamedTuple):
     """The last token of each row, not yet in the cache."""
     length_B: jax.Array
     """Tokens of each row that are in the cache."""
+
+
+class Progress(NamedTuple):
+    """What generation carries from token to token."""
+
+    index: jax.Array
+    """How many tokens have been drawn for each row, those after its end counted too."""
+    state: DecodeState
+    done_B: jax.Array
+    """Which rows have ended."""
+    out_BN: jax.Array
+    """The tokens drawn."""
+    count_B: jax.Array
+    """How many of them belong to each row: those before its end."""
+
+
+class Draw(NamedTuple):
+    """What decides about the tokens drawn, all of it traced."""
+
+    keys_B: jax.Array
+    stop_ids: jax.Array
+    values: FilterValues
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
@@ -123,14 +144,42 @@ def generate(
     N = sampling.max_new_tokens
     if not prompts or N == 0:
         return [[] for _ in prompts]
+    call = _prepare(prompts, config, sampling, key)
+    out_BN, count_B = _generate(
+        unstack_blocks(params, config),
+        call.prompts_BP,
+        call.length_B,
+        jnp.int32(N),
+        call.draw,
+        config,
+        call.filters,
+        call.slots,
+        call.room,
+    )
+    out, counts = np.asarray(out_BN), np.asarray(count_B)
+    return [out[row, : counts[row]].tolist() for row in range(len(prompts))]
+
+
+class _Call(NamedTuple):
+    """A call's arguments in the shapes that it is compiled for."""
+
+    prompts_BP: jax.Array
+    length_B: jax.Array
+    draw: Draw
+    filters: Filters
+    slots: int
+    room: int
+
+
+def _prepare(
+    prompts: list[list[int]], config: ModelConfig, sampling: Sampling, key: jax.Array | None
+) -> _Call:
+    N = sampling.max_new_tokens
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     P = _bucket(int(lengths.max()), config.context_length)
-    # The last token drawn is never read, so it needs no slot.
-    S = _bucket(int(lengths.max()) + N - 1, config.context_length)
     padded = np.zeros((len(prompts), P), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-
     if sampling.seeds is not None:
         keys_B = jax.vmap(jax.random.key)(np.array(sampling.seeds, np.uint32))
     else:
@@ -141,59 +190,71 @@ def generate(
     stop_ids = np.full(_bucket(max(len(stop), 1), 2**30, least=4), -1, np.int32)
     stop_ids[: len(stop)] = stop
     filters, values = split_sampling(sampling)
-    out_BN, count_B = _generate(
-        unstack_blocks(params, config),
-        jnp.asarray(padded),
-        jnp.asarray(lengths),
-        keys_B,
-        jnp.asarray(stop_ids),
-        jnp.int32(N),
-        values,
-        config,
-        filters,
-        S,
-        _bucket(N, config.context_length),
+    return _Call(
+        prompts_BP=jnp.asarray(padded),
+        length_B=jnp.asarray(lengths),
+        draw=Draw(keys_B, jnp.asarray(stop_ids), values),
+        filters=filters,
+        # The last token drawn is never read, so it needs no slot.
+        slots=_bucket(int(lengths.max()) + N - 1, config.context_length),
+        room=_bucket(N, config.context_length),
     )
-    out, counts = np.asarray(out_BN), np.asarray(count_B)
-    return [out[row, : counts[row]].tolist() for row in range(len(prompts))]
 
 
-def generate_text(
-    model: Model,
-    prompts: str | Sequence[str],
+def stream(
+    params: Params,
+    prompt: Sequence[int],
+    config: ModelConfig,
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
-) -> list[str]:
-    """Continues texts.
+    *,
+    tokens_per_dispatch: int = 4,
+) -> Iterator[int]:
+    """Continues one prompt, giving each token as it comes: the tokens that `generate` gives.
 
     Args:
-        model: with a tokenizer.
-        prompts: one text or several. An empty one starts from the tokenizer's end-of-text token.
-        sampling: how to draw. The tokenizer's end-of-text token stops a row as well as
-            `sampling.stop` does.
-        key: random key; None is `jax.random.key(0)`.
+        params: as in `generate`.
+        prompt: token ids.
+        config: as in `generate`.
+        sampling: as in `generate`, for one row; `overflow` must be "error".
+        key: as in `generate`.
+        tokens_per_dispatch: how many tokens the device draws before Python sees them. The first
+            comes alone.
 
-    Returns:
-        The continuations, without the prompts, each cut before the first stop string.
+    Yields:
+        New ids, without the stop token. Leaving the loop early leaves nothing running.
 
     Raises:
-        UserError: if the model has no tokenizer, a text is empty and the tokenizer has no
-            end-of-text token, and as `generate` does.
+        UserError: as `generate` does, at the first token.
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise UserError("this model has no tokenizer; use generate() with token ids")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    start = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    ids = [tokenizer.encode(text) or start for text in texts]
-    stop_ids = tuple(stop for stop in sampling.stop if isinstance(stop, int)) + tuple(start)
-    rows = generate(model.params, ids, model.config, sampling.replace(stop=stop_ids), key)
-    continuations = []
-    for row in rows:
-        text = tokenizer.decode(row)
-        ends = [text.find(stop) for stop in sampling.stop if isinstance(stop, str)]
-        continuations.append(text[: min([end for end in ends if end >= 0], default=None)])
-    return continuations
+    prompts = [list(map(int, prompt))]
+    if sampling.overflow != "error":
+        raise UserError("stream() does not slide past the context; set overflow='error'")
+    _check_prompts(prompts, config, sampling)
+    N = sampling.max_new_tokens
+    if N == 0:
+        return
+    params = unstack_blocks(params, config)
+    call = _prepare(prompts, config, sampling, key)
+    progress = _start_jit(
+        params,
+        call.prompts_BP,
+        call.length_B,
+        call.draw,
+        config,
+        call.filters,
+        call.slots,
+        call.room,
+    )
+    given = 0
+    while True:
+        count = int(progress.count_B[0])
+        yield from np.asarray(progress.out_BN[0, given:count]).tolist()
+        given = count
+        if count >= N or bool(progress.done_B[0]):
+            return
+        until = jnp.int32(min(count + tokens_per_dispatch, N))
+        progress = _advance_jit(params, progress, until, call.draw, config, call.filters)
 
 
 def _slide(
@@ -226,51 +287,83 @@ def _slide(
     return new
 
 
+def _start(
+    params: Params,
+    prompts_BP: jax.Array,
+    length_B: jax.Array,
+    draw: Draw,
+    config: ModelConfig,
+    filters: Filters,
+    slots: int,
+    room: int,
+) -> Progress:
+    """Reads the prompts and draws each row's first token."""
+    B = prompts_BP.shape[0]
+    logits_BV, cache = prefill(params, prompts_BP, length_B, init_cache(config, B, slots), config)
+    first_B = _drawn(logits_BV, jnp.int32(0), draw, filters)
+    done_B = jnp.isin(first_B, draw.stop_ids)
+    return Progress(
+        index=jnp.int32(1),
+        state=DecodeState(cache, first_B, length_B),
+        done_B=done_B,
+        out_BN=jnp.zeros((B, room), jnp.int32).at[:, 0].set(first_B),
+        count_B=(~done_B).astype(jnp.int32),
+    )
+
+
+def _advance(
+    params: Params,
+    progress: Progress,
+    until: jax.Array,
+    draw: Draw,
+    config: ModelConfig,
+    filters: Filters,
+) -> Progress:
+    """Draws more tokens, until there are so many or all rows have ended."""
+
+    def unfinished(progress: Progress) -> jax.Array:
+        return (progress.index < until) & ~jnp.all(progress.done_B)
+
+    def body(progress: Progress) -> Progress:
+        index, state, done_B, out_BN, count_B = progress
+        logits_BV, state = decode_step(params, state, config)
+        token_B = _drawn(logits_BV, index, draw, filters)
+        done_B = done_B | jnp.isin(token_B, draw.stop_ids)
+        out_BN = jax.lax.dynamic_update_index_in_dim(out_BN, token_B, index, axis=1)
+        count_B = count_B + ~done_B
+        return Progress(index + 1, state._replace(token_B=token_B), done_B, out_BN, count_B)
+
+    return jax.lax.while_loop(unfinished, body, progress)
+
+
+def _drawn(logits_BV: jax.Array, index: jax.Array, draw: Draw, filters: Filters) -> jax.Array:
+    # A key for each row and index: what a row draws does not depend on when others end.
+    step_keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys_B, index)
+    return sample(logits_BV, step_keys, filters, draw.values)
+
+
 @partial(jax.jit, static_argnames=("config", "filters", "slots", "room"))
 def _generate(
     params: Params,
     prompts_BP: jax.Array,
     length_B: jax.Array,
-    keys_B: jax.Array,
-    stop_ids: jax.Array,
     max_new: jax.Array,
-    values: FilterValues,
+    draw: Draw,
     config: ModelConfig,
     filters: Filters,
     slots: int,
     room: int,
 ) -> tuple[jax.Array, jax.Array]:
     """New tokens `[B, room]` and how many of them each row has."""
-    B = prompts_BP.shape[0]
+    progress = _start(params, prompts_BP, length_B, draw, config, filters, slots, room)
+    progress = _advance(params, progress, max_new, draw, config, filters)
+    return progress.out_BN, progress.count_B
 
-    def draw(logits_BV: jax.Array, index: jax.Array) -> jax.Array:
-        # A key for each row and index: what a row draws does not depend on when others end.
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-        return sample(logits_BV, step_keys, filters, values)
 
-    logits_BV, cache = prefill(params, prompts_BP, length_B, init_cache(config, B, slots), config)
-    first_B = draw(logits_BV, jnp.int32(0))
-    state = DecodeState(cache, first_B, length_B)
-    done_B = jnp.isin(first_B, stop_ids)
-    out_BN = jnp.zeros((B, room), jnp.int32).at[:, 0].set(first_B)
-    count_B = (~done_B).astype(jnp.int32)
-
-    def unfinished(carry: tuple) -> jax.Array:
-        index, _, done_B, _, _ = carry
-        return (index < max_new) & ~jnp.all(done_B)
-
-    def body(carry: tuple) -> tuple:
-        index, state, done_B, out_BN, count_B = carry
-        logits_BV, state = decode_step(params, state, config)
-        token_B = draw(logits_BV, index)
-        done_B = done_B | jnp.isin(token_B, stop_ids)
-        out_BN = jax.lax.dynamic_update_index_in_dim(out_BN, token_B, index, axis=1)
-        count_B = count_B + ~done_B
-        return index + 1, state._replace(token_B=token_B), done_B, out_BN, count_B
-
-    carry = (jnp.int32(1), state, done_B, out_BN, count_B)
-    _, _, _, out_BN, count_B = jax.lax.while_loop(unfinished, body, carry)
-    return out_BN, count_B
+_start_jit = partial(jax.jit, static_argnames=("config", "filters", "slots", "room"))(_start)
+_advance_jit = partial(jax.jit, static_argnames=("config", "filters"), donate_argnames="progress")(
+    _advance
+)
 
 
 def _bucket(size: int, limit: int, least: int = 16) -> int:

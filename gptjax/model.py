@@ -5,7 +5,8 @@ C head width, F hidden width, V vocabulary, L layers. `x_BTD` is `[B, T, D]`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -31,6 +32,18 @@ class Model:
     params: Params
     tokenizer: "Tokenizer | None" = None
     """None where none came with the weights."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """What Hugging Face's generation_config.json says, such as the ids that end a text."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """The config.json that the weights came with, so that an export gives the same."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The token ids that end a text: the tokenizer's, and those the weights came with."""
+        given = self.generation.get("eos_token_id", self.source.get("eos_token_id"))
+        ids = given if isinstance(given, list) else [given]
+        own = None if self.tokenizer is None else self.tokenizer.eos_id
+        return tuple(sorted({stop for stop in [*ids, own] if stop is not None}))
 
 
 class LayerCache(NamedTuple):
@@ -164,7 +177,9 @@ def run_blocks(
             key = None if keys is None else keys[layer]
             layer_cache = None if cache is None else cache[layer]
             traits = jax.tree.map(lambda values, layer=layer: values[layer], layers)
-            x_BTD, layer_cache = block(params, x_BTD, context, config, traits, key, layer_cache)
+            x_BTD, layer_cache = _traced_once(
+                params, x_BTD, context, config, traits, key, layer_cache
+            )
             extended.append(layer_cache)
         return x_BTD, None if cache is None else tuple(extended)
 
@@ -224,6 +239,11 @@ def block(
         h_BTD = normalize(mlp_input_BTD, params["mlp_norm"], config)
         x_BTD = x_BTD + dropout(mlp(params["mlp"], h_BTD, config), config.dropout, keys[2])
     return constrain(x_BTD, "batch", "sequence", "width"), cache
+
+
+# In a tuple of blocks each would be traced by itself, which takes longer than the compilation where
+# that is cached. XLA sees the same program: it inlines the calls.
+_traced_once = partial(jax.jit, static_argnames="config")(block)
 
 
 def self_attention(
@@ -470,8 +490,9 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     # `kept` says how much of each frequency stays undivided, from 0 to 1.
     if scaling.kind == "linear":
         return divided
-    assert scaling.original_context is not None
-    turns = scaling.original_context * frequencies / (2 * math.pi)
+    original = scaling.original_context
+    assert original is not None
+    turns = original * frequencies / (2 * math.pi)
     if scaling.kind == "llama3":
         low, high = scaling.low_frequency, scaling.high_frequency
         kept = np.clip((turns - low) / (high - low), 0, 1)
@@ -479,7 +500,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
         def dimension(turns: float) -> float:
             """The pair, as a real number, whose frequency makes so many turns."""
-            wavelength = scaling.original_context / (2 * math.pi * turns)
+            wavelength = original / (2 * math.pi * turns)
             return R * math.log(wavelength) / (2 * math.log(base))
 
         first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
@@ -590,8 +611,13 @@ def unstack_blocks(params: Params, config: ModelConfig) -> Params:
     """
     if isinstance(params["blocks"], tuple):
         return params
-    take = lambda layer: jax.tree.map(lambda w: w[layer], params["blocks"])  # noqa: E731
-    return {**params, "blocks": tuple(take(layer) for layer in range(config.num_layers))}
+    return {**params, "blocks": _unstack(params["blocks"], config.num_layers)}
+
+
+@partial(jax.jit, static_argnames="layers")
+def _unstack(blocks: Params, layers: int) -> tuple[Params, ...]:
+    leaves, tree = jax.tree.flatten(blocks)
+    return tuple(tree.unflatten([leaf[layer] for leaf in leaves]) for layer in range(layers))
 
 
 def compute_dtype(config: ModelConfig) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from gptjax import sharding
@@ -204,6 +205,16 @@ def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
     length = config.context_length if context is None else context
     attention = 12 * config.num_layers * config.num_heads * config.head_width * length
     return 6.0 * weights + attention
+
+
+def flat(tree: Params) -> dict[str, Any]:
+    """The leaves of a nested dict by their paths, dotted: "blocks.mlp.up"."""
+    return traverse_util.flatten_dict(tree, sep=".")  # pyright: ignore[reportReturnType]
+
+
+def nested(leaves: dict[str, Any]) -> Params:
+    """The inverse of `flat`."""
+    return traverse_util.unflatten_dict(leaves, sep=".")
 
 
 def is_spec(node: Any) -> bool:

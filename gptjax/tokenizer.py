@@ -1,19 +1,22 @@
 """Text to token ids and back: characters, bytes, and byte-level BPE behind one small protocol.
 
 Every tokenizer is complete in its `to_dict()`, so a checkpoint can carry it in its metadata and
-`tokenizer_from_dict` brings it back without any file.
+`tokenizer_from_dict` brings it back without any file. Files of other tools are read and written by
+`gptjax.pretrained.tokenizer_files`.
 """
 
+import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from gptjax.chat import disguise, render_chat
 from gptjax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ _KINDS = ("characters", "bytes", "bpe")
 _PIECE_CHARACTERS = 1 << 16
 _BATCH_CHARACTERS = 1 << 21
 _PIECE_END = re.compile(r"\S(?= )")
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 @runtime_checkable
@@ -43,12 +48,20 @@ class Tokenizer(Protocol):
         """The id that ends a document; None where the vocabulary has none."""
         ...
 
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text; None where the vocabulary has none."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, adding no special tokens."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD.
+
+        Special tokens are spelled out, or left out where `skip_special`.
+        """
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,6 +102,10 @@ class CharTokenizer:
     def eos_id(self) -> int | None:
         return None
 
+    @property
+    def bos_id(self) -> int | None:
+        return None
+
     def encode(self, text: str) -> list[int]:
         """Returns the id of each character of `text`.
 
@@ -97,8 +114,8 @@ class CharTokenizer:
         """
         return self._encode_array(text).tolist()
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the characters of `ids`.
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Returns the characters of `ids`; none is special.
 
         Raises:
             UserError: An id lies outside the vocabulary.
@@ -143,11 +160,15 @@ class ByteTokenizer:
     def eos_id(self) -> int | None:
         return 256
 
+    @property
+    def bos_id(self) -> int | None:
+        return None
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`, without any end of document; never fails on broken UTF-8.
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Returns the text of `ids`, never with an end of document; broken UTF-8 never fails.
 
         Raises:
             UserError: An id lies outside the vocabulary.
@@ -160,21 +181,36 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Byte-pair encoding by the `tokenizers` library, as GPT-2 and its kin use it.
+    """Byte-pair encoding by the `tokenizers` library: byte-level, or of characters as in Llama 2.
 
     Text that spells a special token, such as `<|endoftext|>`, is encoded as ordinary text: a
     document cannot end itself. The eos id is there to be appended by the caller.
+
+    Attributes:
+        eos_token: The token that ends a document, or None.
+        bos_token: The token that begins a text, or None.
+        chat_template: The Jinja template that lays messages out, or None.
     """
 
-    def __init__(self, library: "tokenizers.Tokenizer", eos_token: str | None = END_OF_TEXT):
+    def __init__(
+        self,
+        library: "tokenizers.Tokenizer",
+        eos_token: str | None = END_OF_TEXT,
+        *,
+        bos_token: str | None = None,
+        chat_template: str | None = None,
+    ):
         """Wraps (and takes over) a tokenizer of the library.
 
         Args:
-            library: Its model must be BPE.
+            library: Its model must be BPE. What its post-processor puts before a text is put there
+                by `encode_prompt`.
             eos_token: The token that ends a document, None for none.
+            bos_token: The token that begins a text, None for none.
+            chat_template: The Jinja template for `encode_chat`, None for none.
 
         Raises:
-            UserError: The model is not BPE, or `eos_token` is not in the vocabulary.
+            UserError: The model is not BPE, or a named token is not in the vocabulary.
         """
         spec = json.loads(library.to_str())
         kind = spec["model"]["type"]
@@ -186,14 +222,27 @@ class BPETokenizer:
         library.encode_special_tokens = True
         self._library = library
         self._splits_at_spaces = _splits_at_spaces(spec)
-        self._eos_token = eos_token
-        self._eos_id = None if eos_token is None else library.token_to_id(eos_token)
+        self._prompt_start = _prompt_start(spec)
+        decoders = spec["decoder"] or {}
+        decoder_names = {d["type"] for d in decoders.get("decoders", [decoders]) if d}
+        self._is_byte_level = "ByteLevel" in decoder_names
+        self._has_byte_tokens = "ByteFallback" in decoder_names
+        self._special_ids = frozenset(t["id"] for t in spec["added_tokens"] if t["special"])
         self._vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
-        if eos_token is not None and self._eos_id is None:
+        self.eos_token = eos_token
+        self.bos_token = bos_token
+        self.chat_template = chat_template
+        self._named_id("end-of-text", eos_token)
+        self._named_id("beginning-of-text", bos_token)
+
+    def _named_id(self, what: str, token: str | None) -> int | None:
+        named = None if token is None else self._library.token_to_id(token)
+        if token is not None and named is None:
             raise UserError(
-                f"the end-of-text token {eos_token!r} is not among the {self._vocab_size} tokens "
-                "of the vocabulary: name one that is, or None"
+                f"the {what} token {token!r} is not among the {self._vocab_size} tokens of the "
+                "vocabulary: name one that is, or None"
             )
+        return named
 
     @classmethod
     def from_files(cls, vocab_json: str | Path, merges_txt: str | Path) -> "BPETokenizer":
@@ -219,42 +268,6 @@ class BPETokenizer:
         if has_eos:
             library.add_special_tokens([END_OF_TEXT])
         return cls(library, END_OF_TEXT if has_eos else None)
-
-    @classmethod
-    def from_directory(cls, directory: str | Path) -> "BPETokenizer":
-        """Reads `tokenizer.json`, or `vocab.json` with `merges.txt`, from a folder.
-
-        Where both are there `tokenizer.json` is read, for it also says how text is cut before
-        merging. Eos is `eos_token` of `tokenizer_config.json`, else `<|endoftext|>` where the
-        vocabulary has it.
-
-        Raises:
-            UserError: The folder lacks these files, or they cannot be read.
-        """
-        import tokenizers
-
-        directory = Path(directory)
-        whole = directory / "tokenizer.json"
-        if not whole.is_file():
-            if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-                tokenizer = cls.from_files(directory / "vocab.json", directory / "merges.txt")
-                named = _configured_eos(directory)
-                return tokenizer if named is None else cls(tokenizer._library, named)
-            raise UserError(
-                f"no tokenizer in {str(directory)!r}: it needs tokenizer.json, or vocab.json "
-                "and merges.txt"
-            )
-        try:
-            library = tokenizers.Tokenizer.from_file(str(whole))
-        except Exception as error:  # The library raises bare Exception.
-            raise UserError(
-                f"cannot read {str(whole)!r} ({_first_line(error)}): give a tokenizer.json of the "
-                "tokenizers library"
-            ) from error
-        named = _configured_eos(directory)
-        if named is None and library.token_to_id(END_OF_TEXT) is not None:
-            named = END_OF_TEXT
-        return cls(library, named)
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -290,22 +303,150 @@ class BPETokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        return self._eos_id
+        return self._named_id("end-of-text", self.eos_token)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._named_id("beginning-of-text", self.bos_token)
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`, special tokens spelled out.
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of `text` after those that the model expects before any text.
+
+        That is the bos id where the tokenizer's files say so; an eos id is never appended.
+        """
+        return self._prompt_start + self.encode(text)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Returns the ids of a conversation laid out by the chat template.
+
+        Special tokens that the template writes become their ids; those that a message spells are
+        ordinary text, so a message cannot end its turn or speak as somebody else.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` each, both strings.
+            add_generation_prompt: Whether the ids end where the model's turn begins.
+
+        Raises:
+            UserError: There is no chat template, the messages are malformed, or the template
+                refuses them.
+        """
+        if self.chat_template is None:
+            raise UserError(
+                "the tokenizer has no chat template: load a model tuned for chat, set "
+                "chat_template, or encode a plain text with encode_prompt"
+            )
+        added = self._chat_library.get_added_tokens_decoder().values()
+        disguised, restored = disguise(
+            messages,
+            self.chat_template,
+            special=[token.content for token in added if token.special],
+            added=[token.content for token in added if not token.special],
+        )
+        text = render_chat(
+            self.chat_template,
+            disguised,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+        )
+        return self._encode_disguised(text, restored)
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Returns the text of `ids`, special tokens spelled out or left out.
 
         Raises:
             UserError: An id lies outside the vocabulary.
         """
         checked = _checked_ids(ids, self.vocab_size)
-        return self._library.decode(checked, skip_special_tokens=False)
+        return self._library.decode(checked, skip_special_tokens=skip_special)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "bpe", "json": self._library.to_str(), "eos_token": self._eos_token}
+        # A run compares what an earlier one stored, so what is not there adds no key.
+        named = {"bos_token": self.bos_token, "chat_template": self.chat_template}
+        return {
+            "kind": "bpe",
+            "json": self._library.to_str(),
+            "eos_token": self.eos_token,
+            **{key: value for key, value in named.items() if value is not None},
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The library's own pickle forgets that special tokens are not to be parsed.
+        return tokenizer_from_dict, (self.to_dict(),)
+
+    @cached_property
+    def _chat_library(self) -> "tokenizers.Tokenizer":
+        """The same tokenizer, but it does parse special tokens; the two share the vocabulary."""
+        import tokenizers
+
+        library = tokenizers.Tokenizer.from_str(self._library.to_str())
+        library.model = self._library.model
+        return library
+
+    @cached_property
+    def _plain_libraries(self) -> "tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]":
+        """Two that know no added tokens: for the start of a text, and for what is inside one."""
+        import tokenizers
+
+        spec = json.loads(self._library.to_str())
+        spec |= {"added_tokens": [], "post_processor": None}
+        spec["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+        text = json.dumps(spec)
+        inside = text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+        both = tokenizers.Tokenizer.from_str(text), tokenizers.Tokenizer.from_str(inside)
+        for library in both:
+            library.model = self._library.model
+        return both
+
+    def _encode_disguised(self, text: str, restored: dict[int, str]) -> list[int]:
+        """Encodes a chat, then once more each stretch between added tokens that hides a token."""
+        encoding = self._chat_library.encode(text, add_special_tokens=False)
+        if not restored:
+            return encoding.ids
+        names = self._chat_library.get_added_tokens_decoder()
+        ids: list[int] = []
+        stretch: list[int] = []
+        start = 0
+        for i, (begin, end) in zip(
+            [*encoding.ids, None], [*encoding.offsets, (len(text), len(text))], strict=True
+        ):
+            # An unknown character has the id of an added token too, but is not spelled like it.
+            if i is not None and not (i in names and text[begin:end].strip() == names[i].content):
+                stretch.append(i)
+                continue
+            hidden = text[start:begin]
+            shown = hidden.translate(restored)
+            if shown != hidden:
+                library = self._plain_libraries[start > 0]
+                stretch = library.encode(shown, add_special_tokens=False).ids
+            ids += stretch if i is None else [*stretch, i]
+            stretch, start = [], end
+        return ids
+
+    def _bytes_of(self, i: int, is_first: bool) -> bytes:
+        """Returns what `i` adds to a decoded text that it begins, or else continues."""
+        token = self._library.id_to_token(i)
+        if token is None:
+            return b""
+        if self._is_byte_level:
+            try:
+                return bytes([_byte_of_letter()[letter] for letter in token])
+            except KeyError:  # An added token, which is spelled as it is.
+                return token.encode("utf-8")
+        byte = _BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
+        if byte is not None and int(byte[1], 16) >= 0x80:
+            return bytes([int(byte[1], 16)])
+        # A decoder may drop the space that begins a text; the second of two keeps its own.
+        once = self._library.decode([i], skip_special_tokens=False)
+        if is_first:
+            return once.encode("utf-8")
+        twice = self._library.decode([i, i], skip_special_tokens=False)
+        return twice[len(once) :].encode("utf-8")
 
     def _encode_pieces(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, bool]]:
         """Yields ids in order, and whether they end a document."""
@@ -344,7 +485,10 @@ def tokenizer_from_dict(values: dict[str, Any]) -> Tokenizer:
             import tokenizers
 
             return BPETokenizer(
-                tokenizers.Tokenizer.from_str(values["json"]), eos_token=values["eos_token"]
+                tokenizers.Tokenizer.from_str(values["json"]),
+                eos_token=values["eos_token"],
+                bos_token=values.get("bos_token"),
+                chat_template=values.get("chat_template"),
             )
     except KeyError as error:
         raise UserError(
@@ -352,6 +496,62 @@ def tokenizer_from_dict(values: dict[str, Any]) -> Tokenizer:
             "pass what to_dict() returned"
         ) from error
     raise UserError(f"no tokenizer of kind {kind!r}{nearest(str(kind), _KINDS)}")
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the ids of a text to be continued, of any tokenizer.
+
+    They begin with what the model expects before any text, where a `BPETokenizer` knows of it.
+    """
+    if isinstance(tokenizer, BPETokenizer):
+        return tokenizer.encode_prompt(text)
+    return tokenizer.encode(text)
+
+
+class StreamDecoder:
+    """Decodes ids one by one, never half a character; all it returns joined is the whole text.
+
+    Examples:
+        >>> stream = StreamDecoder(ByteTokenizer())
+        >>> [stream.push(i) for i in "aé".encode()] + [stream.finish()]
+        ['a', '', 'é', '']
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
+        """Begins a text.
+
+        Args:
+            tokenizer: Whose ids they are. One that is none of gptjax's must give every id whole
+                characters.
+            skip_special: Whether special tokens are left out rather than spelled.
+        """
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._is_first = True
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, i: int) -> str:
+        """Returns the characters that are complete with the id `i`, which may be none.
+
+        Raises:
+            UserError: The id lies outside the vocabulary.
+        """
+        tokenizer = self._tokenizer
+        [i] = _checked_ids([i], tokenizer.vocab_size)
+        if isinstance(tokenizer, ByteTokenizer):
+            return self._utf8.decode(bytes([i]) if i < 256 else b"")
+        if not isinstance(tokenizer, BPETokenizer):
+            return tokenizer.decode([i])
+        if self._skip_special and i in tokenizer._special_ids:
+            return ""
+        added = tokenizer._bytes_of(i, self._is_first)
+        # An id without a token, as in a padded vocabulary, begins nothing.
+        self._is_first = self._is_first and tokenizer._library.id_to_token(i) is None
+        return self._utf8.decode(added)
+
+    def finish(self) -> str:
+        """Returns what is left, bytes of an unfinished character as U+FFFD."""
+        return self._utf8.decode(b"", final=True)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -422,6 +622,36 @@ def _byte_level(model: "tokenizers.models.Model") -> "tokenizers.Tokenizer":
     return library
 
 
+def byte_letters() -> list[str]:
+    """Returns the letter that byte-level vocabularies write for each of the 256 bytes.
+
+    Printable bytes of Latin-1 are their own letters; the others have those from U+0100 on.
+    """
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in shown else next(others)) for byte in range(256)]
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    return {letter: byte for byte, letter in enumerate(byte_letters())}
+
+
+def _prompt_start(spec: dict[str, Any]) -> list[int]:
+    """Returns the ids that the post-processor puts before a text, and none that it puts after."""
+    after = spec["post_processor"] or {}
+    start: list[int] = []
+    for step in after.get("processors", [after]):
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            start = [step["cls"][1]]
+        elif step.get("type") == "TemplateProcessing":
+            for part in step["single"]:
+                if "Sequence" in part:
+                    break
+                start += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+    return start
+
+
 def _pieces(text: str) -> Iterator[str]:
     """Cuts a long text before spaces, where GPT-2's pattern always cuts too."""
     start = 0
@@ -446,17 +676,6 @@ def _splits_at_spaces(spec: dict[str, Any]) -> bool:
         and last["use_regex"]
         and not last["add_prefix_space"]
     )
-
-
-def _configured_eos(directory: Path) -> str | None:
-    path = directory / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    try:
-        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON ({error}): repair or remove it") from error
-    return token["content"] if isinstance(token, dict) else token
 
 
 def _first_line(error: Exception) -> str:

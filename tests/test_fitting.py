@@ -29,7 +29,6 @@ from gptjax.data import BatchLoader, evaluation_batches
 from gptjax.devices import cores_as_devices
 from gptjax.errors import UserError
 from gptjax.fitting import NonFiniteLossError, fit, params_sha256
-from gptjax.generation import generate_text
 from gptjax.model import forward
 from gptjax.optimizer import OptimizerConfig
 from gptjax.params import count_params, init_params
@@ -37,6 +36,7 @@ from gptjax.plots import read_metrics
 from gptjax.pretrained.loading import load
 from gptjax.sampling import Sampling
 from gptjax.sharding import TOKENS_PER_CORE, data_mesh
+from gptjax.text_generation import generate_text
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.training import abstract_state
 

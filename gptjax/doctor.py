@@ -1,0 +1,112 @@
+"""What is installed, what JAX sees, and what is missing."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "gguf",
+)
+_OPTIONAL = ("transformers", "torch")
+
+
+def examine() -> Iterator[str]:
+    """Yields one line a finding, advice last.
+
+    A line that begins with "advice:" says what to do about something that is missing.
+    """
+    from gptjax.caching import cache_directory
+
+    yield f"python      {platform.python_version()} on {platform.platform()}"
+    yield f"gptjax      {_version('gptjax') or 'not installed as a package'}"
+    for name in _PACKAGES:
+        yield f"{name:<18}{_version(name) or 'MISSING'}"
+    for name in _OPTIONAL:
+        yield f"{name:<18}{_version(name) or 'not installed (only to compare with)'}"
+    cache = cache_directory()
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    yield f"cache       {cache} ({size / 1e6:.0f} MB)"
+    advice = []
+    try:
+        import jax
+
+        devices = jax.devices()
+        backend = devices[0].platform
+        for device in devices:
+            stats = device.memory_stats() or {}
+            limit = stats.get("bytes_limit")
+            memory = f", {limit / 2**30:.1f} GiB" if limit else ""
+            yield f"device      {device.id}: {device.device_kind} ({device.platform}{memory})"
+    except RuntimeError as error:
+        backend = "none"
+        yield f"device      none: {str(error).splitlines()[0]}"
+        advice.append(
+            "JAX cannot start a device. If another process holds the TPU or GPU, end it; "
+            "JAX_PLATFORMS=cpu runs without"
+        )
+    advice += _accelerator_advice(backend)
+    missing = [name for name in _PACKAGES if _version(name) is None]
+    if missing:
+        advice.append(f"install what is missing: pip install {' '.join(missing)}")
+    for line in advice:
+        yield f"advice: {line}"
+
+
+def _accelerator_advice(backend: str) -> list[str]:
+    advice = []
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if _has_nvidia() and backend != "gpu":
+        plugin = any(_version(f"jax-cuda{n}-plugin") for n in (12, 13))
+        if platforms and "cuda" not in platforms and "gpu" not in platforms:
+            advice.append(f"there is an NVIDIA GPU, but JAX_PLATFORMS={platforms} leaves it out")
+        elif plugin:
+            advice.append(
+                "there is an NVIDIA GPU and JAX's plugin, but they do not work together; the "
+                "driver may be too old for the plugin's CUDA (nvidia-smi tells its version)"
+            )
+        else:
+            advice.append('there is an NVIDIA GPU; for it, pip install "jax[cuda13]"')
+    if _has_tpu() and backend != "tpu":
+        if platforms and "tpu" not in platforms:
+            advice.append(f"there is a TPU, but JAX_PLATFORMS={platforms} leaves it out")
+        elif _version("libtpu"):
+            advice.append(
+                "there is a TPU and libtpu, but it does not start; another process may hold it "
+                "(a TPU serves one process at a time)"
+            )
+        else:
+            advice.append('there is a TPU; for it, pip install "jax[tpu]"')
+    if backend == "cpu" and not advice:
+        advice.append("no GPU or TPU is here; everything runs on the CPU")
+    return advice
+
+
+def _has_nvidia() -> bool:
+    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists()
+
+
+def _has_tpu() -> bool:
+    if any(Path("/dev").glob("accel[0-9]*")) or os.environ.get("COLAB_TPU_ADDR"):
+        return True
+    # Newer TPU machines offer their chips through vfio, as Google's PCI devices.
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    google = any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
+    return google and any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,104 @@
+"""Dequantized models, kept on disk: reading them back takes a tenth of dequantizing them."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax.caching import cache_directory
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+from gptjax.model import Model
+from gptjax.params import abstract_params, flat, nested
+from gptjax.pretrained.mapping import copied
+from gptjax.pretrained.safetensors_files import SINGLE, open_file, read_json
+from gptjax.tokenizer import tokenizer_from_dict
+
+_FORMAT = 1
+_DESCRIPTION = "model.json"
+
+
+def conversion_directory(source: Path) -> Path:
+    """Where the conversion of a file lies; a file that has changed has another place."""
+    source = source.resolve()
+    status = source.stat()
+    identity = f"{_FORMAT} {source} {status.st_size} {status.st_mtime_ns}"
+    name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    return cache_directory() / "converted" / name
+
+
+def read_conversion(source: Path, mesh: Mesh | None, dtype: Any) -> Model | None:
+    """The kept model of a file; None where there is none, or it cannot be read."""
+    directory = conversion_directory(source)
+    if not (directory / _DESCRIPTION).is_file():
+        return None
+    try:
+        about = read_json(directory / _DESCRIPTION)
+        config = ModelConfig.from_dict(about["config"])
+        tensors = open_file(directory / SINGLE)
+        shapes = flat(abstract_params(config, mesh))
+        if {name: tensor.shape for name, tensor in tensors.items()} != {
+            name: leaf.shape for name, leaf in shapes.items()
+        }:
+            return None
+        tokenizer = about["tokenizer"]
+        model = Model(
+            config,
+            {},
+            None if tokenizer is None else tokenizer_from_dict(tokenizer),
+            about["generation"],
+            about["source"],
+        )
+    except (UserError, KeyError, OSError):
+        return None
+    leaves = {
+        name: copied(tensor.read(), dtype, shapes[name].sharding)
+        for name, tensor in tensors.items()
+    }
+    params = nested(leaves)
+    return Model(model.config, params, model.tokenizer, model.generation, model.source)
+
+
+def _smallest(values: np.ndarray) -> np.ndarray:
+    """Float16 where that holds every value, as it does what was quantized."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    return half if np.array_equal(half, values) else values
+
+
+def keep_conversion(source: Path, model: Model) -> None:
+    """Writes a float32 model beside others, whole or not at all; a full disk only warns."""
+    import safetensors.numpy
+
+    directory = conversion_directory(source)
+    leaves = flat(model.params)
+    about = {
+        "config": model.config.to_dict(),
+        "tokenizer": None if model.tokenizer is None else model.tokenizer.to_dict(),
+        "generation": model.generation,
+        "source": model.source,
+    }
+    unfinished = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=directory.name, dir=directory.parent))
+        arrays = {name: _smallest(np.asarray(leaf)) for name, leaf in leaves.items()}
+        safetensors.numpy.save_file(arrays, unfinished / SINGLE)
+        (unfinished / _DESCRIPTION).write_text(json.dumps(about), encoding="utf-8")
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(unfinished, directory)
+    except Exception as error:  # safetensors' own error, or the system's.
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        warnings.warn(
+            f"the converted model could not be kept in {directory} ({error}); it will be "
+            "converted again the next time",
+            stacklevel=2,
+        )

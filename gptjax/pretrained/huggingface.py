@@ -1,0 +1,209 @@
+"""Models in Hugging Face's layout: config.json, safetensors files, a tokenizer."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError, nearest
+from gptjax.model import Model
+from gptjax.params import Params
+from gptjax.pretrained.families import family_of, read_config
+from gptjax.pretrained.family import Family, canonical
+from gptjax.pretrained.mapping import (
+    Tensor,
+    by_layer,
+    check_tensors,
+    export_tensors,
+    file_shape,
+    import_params,
+)
+from gptjax.pretrained.safetensors_files import open_directory, read_json, write_directory
+from gptjax.pretrained.tokenizer_files import read_tokenizer, write_tokenizer
+
+_EXPORT_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a folder is in this layout: its config.json names a model type."""
+    config = path / "config.json"
+    return config.is_file() and "model_type" in read_json(config)
+
+
+def load_directory(directory: Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Model:
+    """Loads a model, everything checked before anything is allocated.
+
+    Raises:
+        UserError: see `load`.
+    """
+    values = read_json(directory / "config.json")
+    family, config = read_config(values, str(directory / "config.json"))
+    generation_path = directory / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    tensors = open_directory(directory)
+    tokenizer = read_tokenizer(directory)
+    return Model(
+        config,
+        assemble(family, config, tensors, str(directory), mesh, dtype),
+        tokenizer,
+        generation,
+        values,
+    )
+
+
+def assemble(
+    family: Family,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    mesh: Mesh | None,
+    dtype: Any = jnp.float32,
+) -> Params:
+    """The parameters of a model from its family's tensors.
+
+    Raises:
+        UserError: if they are not the model's.
+    """
+    entries = family.weights(config)
+    expected = {name for name, _, _ in by_layer(entries, config)}
+    named = {}
+    for name, tensor in tensors.items():
+        if name.endswith(family.buffers):
+            continue
+        with_prefix = family.prefix + name
+        named[with_prefix if with_prefix in expected and name not in expected else name] = tensor
+    if config.tie_embeddings:
+        _drop_tied_head(family, config, named, where)
+    check_tensors(named, entries, config, where)
+    return import_params(named, entries, config, mesh, dtype)
+
+
+def _drop_tied_head(
+    family: Family, config: ModelConfig, tensors: dict[str, Tensor], where: str
+) -> None:
+    """Files may hold a tied head all the same; it must then be the embedding."""
+    by_params = {
+        entry.params[0]: entry.name
+        for entry in family.weights(config.replace(tie_embeddings=False))
+    }
+    head, table = by_params["head.kernel"], by_params["embed.tokens"]
+    if head not in tensors or table not in tensors:
+        return
+    one, other = tensors[head], tensors[table]
+    if one is not other and (one.shape != other.shape or not _equal(one.read(), other.read())):
+        raise UserError(
+            f"config.json of {where} ties the output matrix to the embedding "
+            f"(tie_word_embeddings), but {head} and {table} differ; set it to false if the model "
+            "was trained so"
+        )
+    del tensors[head]
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """Piece by piece, for a comparison of whole tensors would hold a third of their size."""
+    rows = max(1, 2**24 // max(one[0].size, 1))
+    pieces = range(0, len(one), rows)
+    return all(np.array_equal(one[at : at + rows], other[at : at + rows]) for at in pieces)
+
+
+def save_pretrained(
+    model: Model,
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes a model in Hugging Face's layout, which transformers opens.
+
+    The folder gets config.json, generation_config.json, safetensors files and the tokenizer's
+    files. A model that was loaded from this layout is written with the config.json that it came
+    with and gives the same tensors bit for bit; another, such as a trained one, is written in the
+    first family that has all that it has: GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2 or 3.
+
+    Args:
+        model: the model.
+        directory: a folder, made where it is missing. Weights that it holds are replaced.
+        dtype: "float32", "float16" or "bfloat16"; None is the dtype that the model came in, or
+            that of its parameters.
+        max_shard_size: the most that one file holds, such as "500MB".
+
+    Raises:
+        UserError: if no family fits the model, naming what stands in the way, or an argument is
+            not legal.
+    """
+    directory = Path(directory).expanduser()
+    family = family_of(model.config, model.source.get("model_type"))
+    config = model.config
+    name = dtype or _source_dtype(model)
+    if name not in _EXPORT_DTYPES:
+        raise UserError(f"dtype is {name!r}{nearest(str(name), _EXPORT_DTYPES)}")
+    shard_bytes = _bytes(max_shard_size)
+    numbers = _EXPORT_DTYPES[name]
+    entries = family.weights(config)
+    shapes = {
+        tensor: (file_shape(entry, config), numbers)
+        for tensor, entry, _ in by_layer(entries, config)
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    write_directory(
+        directory, export_tensors(model.params, entries, config, numbers), shapes, shard_bytes
+    )
+    ids = _special_ids(model)
+    values = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "dtype": name,
+        **ids,
+        **family.write(config),
+    }
+    if model.source.get("model_type") == family.model_type:
+        _, source = read_config(model.source, "config.json")
+        if canonical(source) == canonical(config):
+            dtype_key = "torch_dtype" if "torch_dtype" in model.source else "dtype"
+            values = model.source | {dtype_key: name}
+    _write_json(directory / "config.json", values)
+    _write_json(directory / "generation_config.json", ids | model.generation)
+    if model.tokenizer is not None:
+        write_tokenizer(model.tokenizer, directory)
+
+
+def _source_dtype(model: Model) -> str:
+    dtype = jax.tree.leaves(model.params)[0].dtype.name
+    if dtype != "float32":
+        return dtype
+    # Float32 holds every value of the smaller ones, so that these come out as they came in.
+    given = model.source.get("dtype") or model.source.get("torch_dtype") or dtype
+    return str(given).removeprefix("torch.")
+
+
+def _special_ids(model: Model) -> dict[str, Any]:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    bos = getattr(tokenizer, "bos_id", None)
+    return {"bos_token_id": bos, "eos_token_id": tokenizer.eos_id}
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", size.strip(), re.IGNORECASE)
+    if match is None:
+        raise UserError(f"max_shard_size is {size!r}; a number with KB, MB, GB or TB")
+    power = "KMGT".find(match[2].upper()) + 1 if match[2] else 0
+    return max(1, int(float(match[1]) * 1000**power))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    import json
+
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,210 @@
+"""Between the tensors of a file and gptjax's parameters: one table a family, read both ways."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+from gptjax.params import Params, flat, nested, param_shardings, param_specs
+
+
+class Tensor(Protocol):
+    """A tensor that lies in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """Its values: a view of the mapped file where the file holds them as they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a file, and where its values belong.
+
+    Dimensions have letters: D model width, H query heads, K key heads, C head width, F hidden
+    width, V vocabulary, T context, P the parts of a tensor that holds several parameters.
+
+    Attributes:
+        name: the tensor's name, with "{layer}" for the number of a block.
+        dims: the tensor's dimensions, separated by spaces; several letters are one dimension that
+            is their product, the last letter running fastest: "HPC D" is `[H * P * C, D]`.
+        params: the parameters in it, dotted; one for each of P, else one.
+        order: the dimensions of each parameter, without the stacked layers.
+    """
+
+    name: str
+    dims: str
+    params: tuple[str, ...]
+    order: str
+
+
+def weight(name: str, dims: str, params: str, order: str) -> Weight:
+    """A `Weight`, its parameters separated by spaces."""
+    return Weight(name, dims, tuple(params.split()), order)
+
+
+def parts(entry: Weight, tensor: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
+    """The parameters in one tensor, as views of it, each in its own order of dimensions."""
+    sizes = dimensions(entry, config)
+    letters = entry.dims.replace(" ", "")
+    tensor = tensor.reshape([sizes[letter] for letter in letters])
+    order = [letters.index(letter) for letter in entry.order]
+    if "P" not in letters:
+        return [tensor.transpose(order)]
+    split = tensor.transpose([letters.index("P"), *order])
+    return [split[part] for part in range(len(entry.params))]
+
+
+def joined(entry: Weight, values: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
+    """The inverse of `parts`: the tensor that holds these parameters."""
+    letters = entry.dims.replace(" ", "")
+    if "P" in letters:
+        tensor, order = np.stack(values), "P" + entry.order
+    else:
+        tensor, order = values[0], entry.order
+    tensor = tensor.transpose([order.index(letter) for letter in letters])
+    return np.ascontiguousarray(tensor.reshape(file_shape(entry, config)))
+
+
+def file_shape(entry: Weight, config: ModelConfig) -> tuple[int, ...]:
+    """The shape that a tensor must have in the file."""
+    sizes = dimensions(entry, config)
+    return tuple(int(np.prod([sizes[letter] for letter in dim])) for dim in entry.dims.split())
+
+
+def dimensions(entry: Weight, config: ModelConfig) -> dict[str, int]:
+    """The size of each letter."""
+    return {
+        "D": config.embed_dim,
+        "H": config.num_heads,
+        "K": config.kv_heads,
+        "C": config.head_width,
+        "F": config.mlp_width,
+        "V": config.vocab_size,
+        "T": config.context_length,
+        "P": len(entry.params),
+    }
+
+
+def by_layer(entries: Sequence[Weight], config: ModelConfig) -> Iterator[tuple[str, Weight, int]]:
+    """Every tensor of a model: its name in the file, its entry, and its block (0 outside them)."""
+    for entry in entries:
+        numbers = range(config.num_layers) if "{layer}" in entry.name else range(1)
+        for layer in numbers:
+            yield entry.name.format(layer=layer), entry, layer
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], entries: Sequence[Weight], config: ModelConfig, where: str
+) -> None:
+    """Compares names and shapes before anything is allocated.
+
+    Raises:
+        UserError: if a tensor is missing, of another shape, or none of the model's; all are listed.
+    """
+    expected = {name: file_shape(entry, config) for name, entry, _ in by_layer(entries, config)}
+    faults = [f"missing {name} {list(expected[name])}" for name in expected if name not in tensors]
+    faults += [
+        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    faults += [f"unknown {name} {list(tensors[name].shape)}" for name in tensors.keys() - expected]
+    if faults:
+        shown = "; ".join(sorted(faults)[:20])
+        more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise UserError(
+            f"the tensors of {where} are not those of its config.json: {shown}{more}; "
+            "use the files of one and the same model"
+        )
+
+
+def import_params(
+    tensors: Mapping[str, Tensor],
+    entries: Sequence[Weight],
+    config: ModelConfig,
+    mesh: Mesh | None,
+    dtype: Any = jnp.float32,
+) -> Params:
+    """Reads a checked model's tensors into its parameters, one at a time.
+
+    Each goes from the file to its place on the devices by itself, so that host memory holds no
+    more than one; of a mesh over several processes each reads only its own share.
+    """
+    specs = flat(param_specs(config))
+    places = None
+    if mesh is not None:
+        places = flat(param_shardings(config, mesh))
+    leaves: dict[str, jax.Array] = {}
+    for name, entry, layer in by_layer(entries, config):
+        values = parts(entry, tensors[name].read(), config)
+        for path, part in zip(entry.params, values, strict=True):
+            place = None if places is None else places[path]
+            if specs[path].axes[0] != "layers":
+                leaves[path] = copied(part, dtype, place)
+                continue
+            if layer == 0:
+                leaves[path] = _zeros(specs[path].shape, np.dtype(dtype), place)()
+            layer_place = None if place is None else _without_layers(place)
+            leaves[path] = _writer(place)(leaves[path], _on_devices(part, layer_place), layer)
+    return nested(leaves)
+
+
+def export_tensors(
+    params: Params, entries: Sequence[Weight], config: ModelConfig, dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a file, one at a time: the inverse of `import_params`."""
+    leaves = flat(params)
+    for name, entry, layer in by_layer(entries, config):
+        stacked = entry.params[0].startswith("blocks.")
+        values = [
+            np.asarray(leaves[path][layer] if stacked else leaves[path]) for path in entry.params
+        ]
+        yield name, joined(entry, values, config).astype(dtype)
+
+
+def copied(values: np.ndarray, dtype: Any, place: NamedSharding | None) -> jax.Array:
+    """An array of its own: what JAX makes of a mapped file may share its memory."""
+    return _copier(np.dtype(dtype), place)(_on_devices(values, place))
+
+
+def _on_devices(part: np.ndarray, place: NamedSharding | None) -> jax.Array:
+    if place is None:
+        return jnp.asarray(part)
+    return jax.make_array_from_callback(part.shape, place, lambda index: part[index])
+
+
+def _without_layers(place: NamedSharding) -> NamedSharding:
+    return NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+
+
+# Cached, so that parameters of one shape share a compiled program.
+@lru_cache
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)
+
+
+@lru_cache
+def _writer(place: NamedSharding | None) -> Any:
+    """Writes one layer into a stack, which is donated."""
+
+    def write(stack: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), layer, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=place)
+
+
+@lru_cache
+def _copier(dtype: np.dtype, place: NamedSharding | None) -> Any:
+    return jax.jit(lambda part: jnp.array(part, dtype, copy=True), out_shardings=place)

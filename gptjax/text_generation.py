@@ -1,0 +1,162 @@
+"""Texts and conversations continued: from text to token ids, through `generation`, and back."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from gptjax.errors import UserError
+from gptjax.generation import generate, stream
+from gptjax.model import Model
+from gptjax.sampling import Sampling
+from gptjax.tokenizer import BPETokenizer, StreamDecoder, Tokenizer, encode_prompt
+
+
+def generate_text(
+    model: Model,
+    prompts: str | Sequence[str],
+    sampling: Sampling = Sampling(),
+    key: jax.Array | None = None,
+) -> list[str]:
+    """Continues texts.
+
+    Args:
+        model: with a tokenizer.
+        prompts: one text or several. An empty one starts from the tokenizer's end-of-text token.
+        sampling: how to draw. The tokenizer's end-of-text token stops a row as well as
+            `sampling.stop` does.
+        key: random key; None is `jax.random.key(0)`.
+
+    Returns:
+        The continuations, without the prompts, each cut before the first stop string.
+
+    Raises:
+        UserError: if the model has no tokenizer, a text is empty and the tokenizer has no
+            end-of-text token, and as `generate` does.
+    """
+    tokenizer = _tokenizer(model)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    ids = [prompt_ids(model, text) for text in texts]
+    rows = generate(model.params, ids, model.config, _stopping(model, sampling), key)
+    continuations = []
+    for row in rows:
+        text = tokenizer.decode(_of_tokenizer(row, tokenizer))
+        ends = [text.find(stop) for stop in sampling.stop if isinstance(stop, str)]
+        continuations.append(text[: min([end for end in ends if end >= 0], default=None)])
+    return continuations
+
+
+def stream_text(
+    model: Model,
+    prompt: str | Sequence[int],
+    sampling: Sampling = Sampling(),
+    key: jax.Array | None = None,
+) -> Iterator[str]:
+    """Continues one text, giving the continuation in pieces as it comes.
+
+    Args:
+        model: with a tokenizer.
+        prompt: a text, or the ids of one (such as `chat_ids` gives).
+        sampling: as in `generate_text`, with strings to stop at too.
+        key: as in `generate`.
+
+    Yields:
+        Pieces of text, none of them empty, that end at whole characters. Joined, they are the
+        continuation that `generate_text` gives.
+
+    Raises:
+        UserError: as `generate_text` does.
+    """
+    tokenizer = _tokenizer(model)
+    ids = prompt_ids(model, prompt) if isinstance(prompt, str) else prompt
+    stops = [stop for stop in sampling.stop if isinstance(stop, str) and stop]
+    decoder = StreamDecoder(tokenizer)
+    held = ""
+    tokens = stream(model.params, ids, model.config, _stopping(model, sampling), key)
+    pieces = (decoder.push(i) for i in tokens if i < tokenizer.vocab_size)
+    for piece in itertools.chain(pieces, (decoder.finish() for _ in range(1))):
+        held += piece
+        ends = [at for at in (held.find(stop) for stop in stops) if at >= 0]
+        if ends:
+            held = held[: min(ends)]
+            break
+        # What may be the beginning of a stop string waits.
+        waiting = max(
+            (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])),
+            default=0,
+        )
+        ready, held = held[: len(held) - waiting], held[len(held) - waiting :]
+        if ready:
+            yield ready
+    if held:
+        yield held
+
+
+def chat_ids(model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """The token ids of a conversation, up to where the model is to answer.
+
+    Args:
+        model: with a tokenizer that has a chat template.
+        messages: `{"role": "user", "content": "..."}` and the like, in their order. A special token
+            that a content spells is encoded as the text it is.
+
+    Raises:
+        UserError: if the model has no chat template, or it refuses the messages.
+    """
+    tokenizer = _tokenizer(model)
+    if not isinstance(tokenizer, BPETokenizer) or tokenizer.chat_template is None:
+        raise UserError(
+            "this model has no chat template; use an instruction-tuned model, or generate_text"
+        )
+    return tokenizer.encode_chat(list(messages))
+
+
+def generate_chat(
+    model: Model,
+    messages: Sequence[dict[str, Any]],
+    sampling: Sampling = Sampling(),
+    key: jax.Array | None = None,
+) -> str:
+    """The model's answer to a conversation.
+
+    Args:
+        model: as in `chat_ids`.
+        messages: as in `chat_ids`.
+        sampling: as in `generate_text`.
+        key: as in `generate`.
+
+    Raises:
+        UserError: as `chat_ids` and `generate_text` do.
+    """
+    return "".join(stream_text(model, chat_ids(model, messages), sampling, key))
+
+
+def prompt_ids(model: Model, text: str) -> list[int]:
+    """The token ids that a text is continued from.
+
+    Those of the text, after what the tokenizer puts before every text (Llama's `<s>`). A text that
+    comes to nothing starts from the token that begins a text, or that ends one.
+
+    Raises:
+        UserError: if the model has no tokenizer.
+    """
+    tokenizer = _tokenizer(model)
+    starts = [start for start in (tokenizer.bos_id, tokenizer.eos_id) if start is not None]
+    return encode_prompt(tokenizer, text) or starts[:1]
+
+
+def _tokenizer(model: Model) -> Tokenizer:
+    if model.tokenizer is None:
+        raise UserError("this model has no tokenizer; use generate() with token ids")
+    return model.tokenizer
+
+
+def _stopping(model: Model, sampling: Sampling) -> Sampling:
+    """With the tokens that end the model's texts among the stops."""
+    return sampling.replace(stop=(*sampling.stop, *model.stop_ids))
+
+
+def _of_tokenizer(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Without ids that the model has rows for and the tokenizer no tokens (padded vocabularies)."""
+    return [i for i in ids if i < tokenizer.vocab_size]
