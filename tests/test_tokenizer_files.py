@@ -16,6 +16,7 @@ from small_tokenizers import (
     chat_like,
     fuzzed,
     llama_like,
+    needed_smollm2,
     random_unicode,
 )
 
@@ -569,9 +570,6 @@ def test_sentencepiece_gguf_is_written_for_transformers(
 
 
 def test_smollm2s_own_gguf() -> None:
-    # The one real file at hand; its reader is shared with the tests of chats.
-    from test_chat import needed_smollm2
-
     tokenizer = needed_smollm2()
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (49152, 1, 2)
     assert tokenizer.encode_prompt("12") == tokenizer.encode("12")

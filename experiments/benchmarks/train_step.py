@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.command_line import configure_jax, parse_flags, run_command
 from gptjax.errors import UserError
-from gptjax.experiment import Experiment, configure_jax, parse_flags, replicas, run_command
+from gptjax.experiment import Experiment, replicas
 
 GPTJAX, NANOGPT, MODERN = "gptjax", "nanoGPT", "gptjax, modern recipe with Muon"
 BATCHES = 16

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,7 +19,6 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import Model
 from gptjax.params import abstract_params, flat, nested
-from gptjax.pretrained.mapping import copied
 from gptjax.pretrained.safetensors_files import SINGLE, open_file, read_json
 from gptjax.tokenizer import tokenizer_from_dict
 
@@ -58,10 +59,13 @@ def read_conversion(source: Path, mesh: Mesh | None, dtype: Any) -> Model | None
         )
     except (UserError, KeyError, OSError):
         return None
-    leaves = {
-        name: copied(tensor.read(), dtype, shapes[name].sharding)
-        for name, tensor in tensors.items()
-    }
+    leaves = {}
+    for name, tensor in tensors.items():
+        # Copied, since what JAX makes of a mapped file may share its memory.
+        copy = jax.jit(
+            lambda x: jnp.array(x, dtype, copy=True), out_shardings=shapes[name].sharding
+        )
+        leaves[name] = copy(tensor.read())
     params = nested(leaves)
     return Model(model.config, params, model.tokenizer, model.generation, model.source)
 

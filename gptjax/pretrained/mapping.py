@@ -14,6 +14,8 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.params import Params, flat, nested, param_shardings, param_specs
 
+_PIECE_BYTES = 1 << 21
+
 
 class Tensor(Protocol):
     """A tensor that lies in a file."""
@@ -139,25 +141,20 @@ def import_params(
 ) -> Params:
     """Reads a checked model's tensors into its parameters, one at a time.
 
-    Each goes from the file to its place on the devices by itself, so that host memory holds no
-    more than one; of a mesh over several processes each reads only its own share.
+    Each goes from the file to its place on the devices by itself and, where it is large, in pieces:
+    beside the parameters themselves, memory holds a piece of one.
     """
     specs = flat(param_specs(config))
-    places = None
-    if mesh is not None:
-        places = flat(param_shardings(config, mesh))
+    places = dict.fromkeys(specs) if mesh is None else flat(param_shardings(config, mesh))
     leaves: dict[str, jax.Array] = {}
     for name, entry, layer in by_layer(entries, config):
         values = parts(entry, tensors[name].read(), config)
         for path, part in zip(entry.params, values, strict=True):
-            place = None if places is None else places[path]
-            if specs[path].axes[0] != "layers":
-                leaves[path] = copied(part, dtype, place)
-                continue
+            place = places[path]
             if layer == 0:
                 leaves[path] = _zeros(specs[path].shape, np.dtype(dtype), place)()
-            layer_place = None if place is None else _without_layers(place)
-            leaves[path] = _writer(place)(leaves[path], _on_devices(part, layer_place), layer)
+            outer = (layer,) if specs[path].axes[0] == "layers" else ()
+            leaves[path] = _write(leaves[path], part, outer, place)
     return nested(leaves)
 
 
@@ -174,37 +171,41 @@ def export_tensors(
         yield name, joined(entry, values, config).astype(dtype)
 
 
-def copied(values: np.ndarray, dtype: Any, place: NamedSharding | None) -> jax.Array:
-    """An array of its own: what JAX makes of a mapped file may share its memory."""
-    return _copier(np.dtype(dtype), place)(_on_devices(values, place))
-
-
-def _on_devices(part: np.ndarray, place: NamedSharding | None) -> jax.Array:
-    if place is None:
-        return jnp.asarray(part)
-    return jax.make_array_from_callback(part.shape, place, lambda index: part[index])
-
-
-def _without_layers(place: NamedSharding) -> NamedSharding:
-    return NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
-
-
 # Cached, so that parameters of one shape share a compiled program.
 @lru_cache
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None) -> Any:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)
 
 
+def _write(
+    whole: jax.Array, part: np.ndarray, outer: tuple[int, ...], place: NamedSharding | None
+) -> jax.Array:
+    """Writes a part of an array, which is donated: all of it, or the layer that `outer` says."""
+    row_place = None
+    if place is not None:
+        # The rows of what is written at once lie whole on each device, the rest as it ever does.
+        spec = [*place.spec, *[None] * (whole.ndim - len(place.spec))]
+        spec[: len(outer) + 1] = [None] * (len(outer) + 1)
+        row_place = NamedSharding(place.mesh, PartitionSpec(*spec))
+    many = max(1, _PIECE_BYTES // max(part[0].nbytes, 1))
+    for at in range(0, len(part), many):
+        piece = part[at : at + many].reshape(*[1] * len(outer), -1, *part.shape[1:])
+        if row_place is None:
+            on_device = jnp.asarray(piece)
+        else:
+            on_device = jax.make_array_from_callback(
+                piece.shape, row_place, lambda index, piece=piece: piece[index]
+            )
+        start = (*outer, at, *[0] * (part.ndim - 1))
+        whole = _writer(place)(whole, on_device, start)
+        # Else reading runs ahead of writing, and what was read waits in memory.
+        whole.block_until_ready()
+    return whole
+
+
 @lru_cache
 def _writer(place: NamedSharding | None) -> Any:
-    """Writes one layer into a stack, which is donated."""
-
-    def write(stack: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), layer, 0)
+    def write(whole: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
+        return jax.lax.dynamic_update_slice(whole, piece.astype(whole.dtype), start)
 
     return jax.jit(write, donate_argnums=0, out_shardings=place)
-
-
-@lru_cache
-def _copier(dtype: np.dtype, place: NamedSharding | None) -> Any:
-    return jax.jit(lambda part: jnp.array(part, dtype, copy=True), out_shardings=place)
