@@ -1,7 +1,12 @@
 """Fixtures of all tests."""
 
+import sys
+
 import numpy as np
 import pytest
+from commands import Command, script
+
+from gptjax import cli, command_line
 
 
 @pytest.fixture
@@ -10,3 +15,21 @@ def rng() -> np.random.Generator:
     seed = int(np.random.default_rng().integers(2**32))
     print(f"seed {seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a script, or `gptjax`, in this process: status, standard output, standard error."""
+    monkeypatch.setattr(command_line, "configure_jax", lambda: None)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(name: str, *args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main() if name == "gptjax" else command_line.run_command(script(name).main)
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
+
+    return run

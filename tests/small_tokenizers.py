@@ -39,13 +39,18 @@ def random_unicode(rng: np.random.Generator, length: int = 30) -> str:
 
 
 def chat_like() -> BPETokenizer:
-    """Returns a byte-level tokenizer with the tokens of a chat; <think> is not marked special."""
+    """Returns a byte-level tokenizer with the tokens of a chat.
+
+    Two are not marked special: <think>, and one with a space, which is no letter of bytes.
+    """
     import tokenizers
 
     trained = BPETokenizer.train(TEXTS * 3, 320)
     library = tokenizers.Tokenizer.from_str(trained.to_dict()["json"])
     library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    library.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+    library.add_tokens(
+        [tokenizers.AddedToken(token, normalized=False) for token in ("<think>", "<é >")]
+    )
     return BPETokenizer(library, "<|im_end|>", bos_token="<|im_start|>")
 
 

@@ -346,11 +346,32 @@ def test_two_messages_cannot_join_to_a_special_token() -> None:
         ("a<|im_", "end|>b"),
         ("a<|im_end|", ">b"),
         ("a< ", "|im_end|>"),
-        ("<", "|<|im"),
+        ("<|im_end|><|im_", "end|>"),
     ):
         messages = [{"role": "user", "content": half} for half in halves]
         ids = tokenizer.encode_chat(messages)
         assert ids == tokenizer.encode("".join(half.strip() for half in halves))
+
+
+def test_what_a_message_spells_where_a_text_begins() -> None:
+    # Here alone the tokenizer puts a space before what it encodes.
+    tokenizer = llama_like(metaspace=True)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    messages = [{"role": "user", "content": "the </s> mat"}]
+    assert tokenizer.encode_chat(messages) == tokenizer.encode("the </s> mat")
+
+
+def test_unknown_characters_are_no_special_tokens() -> None:
+    import tokenizers
+
+    vocab = {"<unk>": 0, "</s>": 1} | {c: i for i, c in enumerate("</s>abc", 2)}
+    model = tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=False)
+    library = tokenizers.Tokenizer(model)
+    library.add_special_tokens(["<unk>", "</s>"])
+    tokenizer = BPETokenizer(library, "</s>")
+    tokenizer.chat_template = "{{ messages[0].content }}{{ eos_token }}"
+    ids = tokenizer.encode_chat([{"role": "user", "content": "a</s>xb"}])
+    assert ids == [vocab[c] for c in ("a", "<", "/", "s", ">", "<unk>", "b", "</s>")]
 
 
 def test_tokens_not_marked_special_may_be_the_assistants_own() -> None:
@@ -371,6 +392,7 @@ def test_tokens_not_marked_special_may_be_the_assistants_own() -> None:
 def test_disguise_changes_first_characters_only(rng: np.random.Generator) -> None:
     for _ in range(50):
         messages = [{"role": "user", "content": fuzzed(rng), "calls": [{"x": fuzzed(rng)}]}]
+        messages[0]["content"] += "中文中文中" * int(rng.integers(2))
         changed, restored = disguise(messages, "", ["<|endoftext|>", "中文"], ["the"])
         text, new = (
             json.dumps(messages, ensure_ascii=False),
@@ -380,5 +402,7 @@ def test_disguise_changes_first_characters_only(rng: np.random.Generator) -> Non
         assert new.translate(restored) == text
         assert "<|endoftext|>" not in new
         assert "中文" not in new
+        overlapping, _ = disguise(messages, "", ["中文中"], [])
+        assert "中文中" not in overlapping[0]["content"]
         assert bool(restored) == (new != text)
         assert set(restored.values()) <= {"<", "中"}

@@ -5,18 +5,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from commands import REPOSITORY, Command, script
 
 import gptjax
-from gptjax import cli, command_line, fitting
+from gptjax import fitting
 from gptjax.checkpoint import lock_run
 
-REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = ("quickstart", "shakespeare_char")
 COMMON_FLAGS = ("--out", "--steps", "--seed", "--data", "--preset", "--checkpoint-every")
 PRESETS = ("cpu", "gpu", "cpu-modern", "gpu-modern")
@@ -26,37 +24,6 @@ TINY = (
     *("--eval-every", "5", "--checkpoint-every", "5"),
 )
 LIMIT_SECONDS = 240
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-def script(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(
-        name, REPOSITORY / "experiments" / f"{name}.py"
-    )
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a script, or `gptjax`, in this process: status, standard output, standard error."""
-    monkeypatch.setattr(command_line, "configure_jax", lambda: None)
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(name: str, *args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main() if name == "gptjax" else command_line.run_command(script(name).main)
-        printed = capsys.readouterr()
-        return int(end.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

@@ -334,6 +334,10 @@ def test_tiktoken_files(
     # Merges across all that the patterns cut differently.
     mixed = ["don't 12345 it'S  \n\n x/ y /\r\n\n'LL aBc HTTPServer 日本 \t ''s 2024's…\n" * 4]
     ranks = tiktoken_ranks(BPETokenizer.train([*TEXTS, *mixed, "a'll b'll c'll 1234 12 34"], 400))
+    # Tokens that only some cuts allow, and one that no merges lead to.
+    extra = [b"/\n", b".\n", b".\n/", b" \n", b"12", b"123", b"1234", b"x'", b"'S", b"x'S", b"qzqz"]
+    for token in extra:
+        ranks.setdefault(token, len(ranks))
     # tiktoken's own definitions, but for the vocabulary, which lies elsewhere.
     for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
         monkeypatch.setattr(openai_public, loader, lambda *_, **__: ranks)
@@ -352,6 +356,7 @@ def test_tiktoken_files(
     tokenizer = read(tmp_path)
     for number in range(2000):
         text = fuzzed(rng) if number % 2 else random_unicode(rng)
+        text += "".join(rng.choice(list("/.\r\n x'S1234"), size=rng.integers(12))) + "\nqzqz"
         if name == "qwen":
             text = unicodedata.normalize("NFC", text)
         assert tokenizer.encode(text) == peer.encode_ordinary(text), repr(text)
@@ -421,10 +426,10 @@ def test_tiktoken_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def gguf_bpe(tokenizer: BPETokenizer, pre: str | None, **more: Any) -> dict[str, Any]:
-    """Returns the metadata of a byte-level vocabulary with <s>, </s> and the plain <user> added."""
+    """Returns the metadata of a byte-level vocabulary and four added tokens; <user> is plain."""
     vocab, merges = parts(tokenizer)
-    tokens = [*sorted(vocab, key=vocab.__getitem__), "<s>", "</s>", "<user>"]
-    types = [1] * len(vocab) + [3, 3, 4]
+    tokens = [*sorted(vocab, key=vocab.__getitem__), "<s>", "</s>", "<user>", "<x>"]
+    types = [1] * len(vocab) + [3, 3, 4, 3]
     values = {"model": "gpt2", "tokens": tokens, "merges": merges, "token_type": types, **more}
     values |= {"bos_token_id": len(vocab), "eos_token_id": len(vocab) + 1}
     values |= {} if pre is None else {"pre": pre}
@@ -443,10 +448,11 @@ def test_byte_level_gguf(pre: str | None, trained: BPETokenizer, rng: np.random.
     tokenizer = tokenizer_from_gguf(fields)
     assert isinstance(tokenizer, BPETokenizer)
     tokens = fields["tokenizer.ggml.tokens"]
-    size = len(tokens) - 3
+    size = len(tokens) - 4
     assert (tokenizer.bos_id, tokenizer.eos_id) == (size, size + 1)
     assert tokenizer.chat_template == CHAT_TEMPLATE
-    assert tokenizer.decode([size, size + 2], skip_special=True) == "<user>"
+    assert tokenizer.decode([size, size + 2, size + 3], skip_special=True) == "<user>"
+    assert size + 3 not in tokenizer.encode("<x>")
     assert tokenizer.encode("<user>") == [size + 2]
     assert size not in tokenizer.encode("<s>")
     has_bos = pre in ("llama-bpe", "llama3")
