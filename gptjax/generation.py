@@ -73,7 +73,8 @@ def prefill(
     """Reads prompts into an empty cache.
 
     Args:
-        params: with unstacked blocks (`unstack_blocks`).
+        params: with blocks of either form; stacked ones compile to a loop, which one pass over many
+            tokens loses nothing by.
         prompts_BP: `[B, P]` int32, each row filled up at its end with any token. What is written
             for the filling lies beyond the row's length and is overwritten before it is seen.
         length_B: `[B]` int32, the real length of each prompt, at least 1.
@@ -146,7 +147,8 @@ def generate(
         return [[] for _ in prompts]
     call = _prepare(prompts, config, sampling, key)
     out_BN, count_B = _generate(
-        unstack_blocks(params, config),
+        params,
+        unstack_blocks(params, config)["blocks"],
         call.prompts_BP,
         call.length_B,
         jnp.int32(N),
@@ -234,7 +236,6 @@ def stream(
     N = sampling.max_new_tokens
     if N == 0:
         return
-    params = unstack_blocks(params, config)
     call = _prepare(prompts, config, sampling, key)
     progress = _start_jit(
         params,
@@ -246,6 +247,7 @@ def stream(
         call.slots,
         call.room,
     )
+    params = unstack_blocks(params, config)
     given = 0
     while True:
         count = int(progress.count_B[0])
@@ -345,6 +347,7 @@ def _drawn(logits_BV: jax.Array, index: jax.Array, draw: Draw, filters: Filters)
 @partial(jax.jit, static_argnames=("config", "filters", "slots", "room"))
 def _generate(
     params: Params,
+    blocks: tuple[Params, ...],
     prompts_BP: jax.Array,
     length_B: jax.Array,
     max_new: jax.Array,
@@ -356,7 +359,8 @@ def _generate(
 ) -> tuple[jax.Array, jax.Array]:
     """New tokens `[B, room]` and how many of them each row has."""
     progress = _start(params, prompts_BP, length_B, draw, config, filters, slots, room)
-    progress = _advance(params, progress, max_new, draw, config, filters)
+    unstacked = {**params, "blocks": blocks}
+    progress = _advance(unstacked, progress, max_new, draw, config, filters)
     return progress.out_BN, progress.count_B
 
 

@@ -125,7 +125,7 @@ def hidden_states(
 
     Args:
         params: as in `forward`; `params["blocks"]` may be a tuple of single blocks instead of
-            stacked ones (`unstack_blocks`), and must be where a cache is given.
+            stacked ones (`unstack_blocks`).
         tokens_BT: as in `forward`.
         config: as in `forward`.
         positions: as in `forward`.
@@ -186,14 +186,22 @@ def run_blocks(
     # Cast before the loop, so that what is gathered over a mesh inside it is in the small dtype.
     blocks = jax.tree.map(lambda w: w.astype(x_BTD.dtype), blocks)
 
-    def body(x_BTD: jax.Array, layer: tuple[Params, Layer, jax.Array | None]):
-        params, traits, key = layer
-        return block(params, x_BTD, context, config, traits, key, None)
+    def body(
+        x_BTD: jax.Array, layer: tuple[Params, Layer, jax.Array | None, LayerCache | None]
+    ):
+        params, traits, key, layer_cache = layer
+        return block(params, x_BTD, context, config, traits, key, layer_cache)
 
-    x_BTD, _ = jax.lax.scan(
-        rematerialized(body, config), x_BTD, (blocks, layers, keys), unroll=scan_unroll(config)
+    stacked = None if cache is None else jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
+    x_BTD, stacked = jax.lax.scan(
+        rematerialized(body, config),
+        x_BTD,
+        (blocks, layers, keys, stacked),
+        unroll=scan_unroll(config) if cache is None else 1,
     )
-    return x_BTD, None
+    if stacked is None:
+        return x_BTD, None
+    return x_BTD, tuple(LayerCache(*layer) for layer in zip(*stacked, strict=True))
 
 
 def layer_traits(config: ModelConfig) -> Layer:

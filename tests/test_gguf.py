@@ -13,7 +13,7 @@ from small_models import GPT2
 from gptjax.errors import UserError
 from gptjax.model import forward
 from gptjax.params import flat
-from gptjax.pretrained.conversions import conversion_directory
+from gptjax.pretrained.conversions import conversion_directory, finish_keeping
 from gptjax.pretrained.loading import load
 
 Kind = gguf.GGMLQuantizationType
@@ -272,6 +272,7 @@ def test_a_full_disk_only_warns(
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="could not be kept"):
         load(path)
+        finish_keeping(conversion_directory(path))
 
 
 def test_smollm2_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gptjax.pretrained.safetensors_files import SINGLE, open_file, read_json
 from gptjax.tokenizer import tokenizer_from_dict
 
 _FORMAT = 1
+_unfinished: dict[Path, threading.Thread] = {}
 _DESCRIPTION = "model.json"
 
 
@@ -38,6 +40,7 @@ def conversion_directory(source: Path) -> Path:
 def read_conversion(source: Path, mesh: Mesh | None, dtype: Any) -> Model | None:
     """The kept model of a file; None where there is none, or it cannot be read."""
     directory = conversion_directory(source)
+    finish_keeping(directory)
     if not (directory / _DESCRIPTION).is_file():
         return None
     try:
@@ -78,11 +81,25 @@ def _smallest(values: np.ndarray) -> np.ndarray:
 
 
 def keep_conversion(source: Path, model: Model) -> None:
-    """Writes a float32 model beside others, whole or not at all; a full disk only warns."""
+    """Writes a float32 model beside others, in the background; a full disk only warns."""
+    directory = conversion_directory(source)
+    # Taken now: the caller may soon give the parameters away.
+    arrays = {name: np.asarray(leaf) for name, leaf in flat(model.params).items()}
+    thread = threading.Thread(target=_write, args=(directory, model, arrays))
+    _unfinished[directory] = thread
+    thread.start()
+
+
+def finish_keeping(directory: Path) -> None:
+    """Waits until a conversion that is being written is whole."""
+    thread = _unfinished.pop(directory, None)
+    if thread is not None:
+        thread.join()
+
+
+def _write(directory: Path, model: Model, arrays: dict[str, np.ndarray]) -> None:
     import safetensors.numpy
 
-    directory = conversion_directory(source)
-    leaves = flat(model.params)
     about = {
         "config": model.config.to_dict(),
         "tokenizer": None if model.tokenizer is None else model.tokenizer.to_dict(),
@@ -93,8 +110,8 @@ def keep_conversion(source: Path, model: Model) -> None:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=directory.name, dir=directory.parent))
-        arrays = {name: _smallest(np.asarray(leaf)) for name, leaf in leaves.items()}
-        safetensors.numpy.save_file(arrays, unfinished / SINGLE)
+        small = {name: _smallest(values) for name, values in arrays.items()}
+        safetensors.numpy.save_file(small, unfinished / SINGLE)
         (unfinished / _DESCRIPTION).write_text(json.dumps(about), encoding="utf-8")
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(unfinished, directory)
