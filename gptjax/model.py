@@ -186,9 +186,7 @@ def run_blocks(
     # Cast before the loop, so that what is gathered over a mesh inside it is in the small dtype.
     blocks = jax.tree.map(lambda w: w.astype(x_BTD.dtype), blocks)
 
-    def body(
-        x_BTD: jax.Array, layer: tuple[Params, Layer, jax.Array | None, LayerCache | None]
-    ):
+    def body(x_BTD: jax.Array, layer: tuple[Params, Layer, jax.Array | None, LayerCache | None]):
         params, traits, key, layer_cache = layer
         return block(params, x_BTD, context, config, traits, key, layer_cache)
 
@@ -619,13 +617,15 @@ def unstack_blocks(params: Params, config: ModelConfig) -> Params:
     """
     if isinstance(params["blocks"], tuple):
         return params
-    return {**params, "blocks": _unstack(params["blocks"], config.num_layers)}
+    take = lambda layer: jax.tree.map(lambda w: _layer(w, layer), params["blocks"])  # noqa: E731
+    return {**params, "blocks": tuple(take(layer) for layer in range(config.num_layers))}
 
 
-@partial(jax.jit, static_argnames="layers")
-def _unstack(blocks: Params, layers: int) -> tuple[Params, ...]:
-    leaves, tree = jax.tree.flatten(blocks)
-    return tuple(tree.unflatten([leaf[layer] for leaf in leaves]) for layer in range(layers))
+@jax.jit
+def _layer(stacked: jax.Array, layer: int | jax.Array) -> jax.Array:
+    # One small program for all layers of a shape; one large program for all would compile for
+    # seconds.
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
 def compute_dtype(config: ModelConfig) -> Any:

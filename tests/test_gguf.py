@@ -270,9 +270,13 @@ def test_a_full_disk_only_warns(
     path = tmp_path / "model.gguf"
     write(path, "llama", tensors("llama", rng))
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="could not be kept"):
+
+    def load_and_keep() -> None:
         load(path)
         finish_keeping(conversion_directory(path))
+
+    with pytest.warns(UserWarning, match="could not be kept"):
+        load_and_keep()
 
 
 def test_smollm2_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from hub_cache import lay_out_cache
 from small_models import GPT2, random_params
 
 from gptjax.errors import UserError
@@ -321,21 +322,6 @@ def test_a_tokenizer_of_another_model(gpt2: Path) -> None:
 # The hub
 
 
-def cached(name: str, source: Path, home: Path) -> None:
-    """Lays a model out as the hub's cache does: names that link to blobs."""
-    repository = home / "hub" / ("models--" + name.replace("/", "--"))
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    snapshot = repository / "snapshots" / revision
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
-    (repository / "blobs").mkdir()
-    for number, file in enumerate(sorted(source.iterdir())):
-        blob = repository / "blobs" / f"blob{number}"
-        shutil.copy(file, blob)
-        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
-
-
 OFFLINE = """
 import sys
 import numpy as np
@@ -364,7 +350,7 @@ def offline(name: str, home: Path) -> str:
 
 
 def test_the_hubs_cache_offline(sharded: Path, tmp_path: Path) -> None:
-    cached("someone/small-llama", sharded, tmp_path / "home")
+    lay_out_cache("someone/small-llama", sharded, tmp_path / "home")
     total = float(np.abs(np.asarray(load(sharded).params["embed"]["tokens"])).sum())
     assert offline("someone/small-llama", tmp_path / "home").startswith("sum")
     assert float(offline("someone/small-llama", tmp_path / "home").split()[1]) == total

@@ -1,20 +1,35 @@
 """What the README says can be run is run."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from hub_cache import lay_out_cache
+from small_models import random_params
+
+from gptjax.config import ModelConfig
+from gptjax.model import Model
+from gptjax.pretrained.huggingface import save_pretrained
+from gptjax.tokenizer import BPETokenizer
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-EXAMPLE, CORES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+PRETRAINED, EXAMPLE, CORES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     return result
@@ -24,6 +39,16 @@ def test_cores_become_a_mesh():
     found = run(CORES + "\nimport jax\nprint(jax.device_count(), mesh and mesh.size)")
     devices, size = found.stdout.split()
     assert size == ("None" if devices == "1" else str(min(int(devices), 3)))
+
+
+def test_three_lines_with_a_model_of_the_hub(tmp_path: Path, rng: np.random.Generator):
+    """Its place is taken by a small one of random weights, in the hub's cache."""
+    tokenizer = BPETokenizer.train(["I love programming, and programming loves me"], 280)
+    config = ModelConfig(vocab_size=280, num_layers=1, embed_dim=16, num_heads=2)
+    model = Model(config, random_params(config, rng), tokenizer)
+    save_pretrained(model, tmp_path / "model")
+    lay_out_cache("openai-community/gpt2", tmp_path / "model", tmp_path / "home")
+    run(PRETRAINED, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
 
 
 def test_the_example_runs():
