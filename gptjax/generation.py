@@ -1,8 +1,9 @@
 """Continuing prompts with a key-value cache: ragged batches, one device program."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,16 @@ from gptjax.model import (
     unstack_blocks,
 )
 from gptjax.params import Params
-from gptjax.sampling import Filters, FilterValues, Sampling, sample, split_sampling
+from gptjax.sampling import (
+    Filters,
+    FilterValues,
+    History,
+    Sampling,
+    extend_history,
+    sample,
+    split_sampling,
+    start_history,
+)
 
 KVCache = tuple[LayerCache, ...]
 """One `LayerCache` a block. A token's slot is its position: a row's prompt starts at slot 0 and
@@ -47,6 +57,35 @@ class Progress(NamedTuple):
     """The tokens drawn."""
     count_B: jax.Array
     """How many of them belong to each row: those before its end."""
+    history: History | None
+    """What the rows hold, where there are penalties."""
+    details: "Details | None"
+    """What is told of each token drawn, where that is asked for."""
+
+
+class Details(NamedTuple):
+    """Log-probabilities by the model itself, before penalties, biases and filters."""
+
+    logprob_BN: Any
+    """Of each token drawn."""
+    top_ids_BNK: Any
+    """The K likeliest tokens at each place, the likeliest first."""
+    top_logprobs_BNK: Any
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What was drawn for one prompt, and how it ended."""
+
+    tokens: list[int]
+    """New ids, without the stop token."""
+    finish: Literal["stop", "length"]
+    """Whether a stop token ended it, or the number of tokens asked for."""
+    logprobs: list[float] | None = None
+    """The log-probability (natural) of each token by the model itself, before penalties, biases,
+    temperature and filters; None unless `Sampling.logprobs` asks for it."""
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    """At each place the likeliest ids with their log-probabilities, the likeliest first."""
 
 
 class Draw(NamedTuple):
@@ -128,25 +167,49 @@ def generate(
         key: random key; None is `jax.random.key(0)`.
 
     Returns:
-        For each prompt the list of new ids, without the stop token that ended it.
+        For each prompt the list of new ids, without the stop token that ended it; with
+        `sampling.num_samples` of n, n lists for each prompt, one after another.
 
     Raises:
         UserError: if a prompt is empty, has an id outside the vocabulary, or is with the new
-            tokens longer than the model's context; if there are not as many seeds as prompts.
+            tokens longer than the model's context; if there are not as many seeds as prompts; if
+            `sampling` names ids outside the vocabulary or bans all of it.
+    """
+    found = generate_continuations(params, prompt_tokens, config, sampling, key)
+    return [continuation.tokens for continuation in found]
+
+
+def generate_continuations(
+    params: Params,
+    prompt_tokens: Sequence[Sequence[int]],
+    config: ModelConfig,
+    sampling: Sampling = Sampling(),
+    key: jax.Array | None = None,
+) -> list[Continuation]:
+    """As `generate`, with how each continuation ended and, if asked for, log-probabilities.
+
+    Args:
+        params: as in `generate`.
+        prompt_tokens: as in `generate`.
+        config: as in `generate`.
+        sampling: as in `generate`; `logprobs` asks for log-probabilities.
+        key: as in `generate`.
+
+    Raises:
+        UserError: as `generate` does; and if log-probabilities are asked for past a full context
+            (`overflow="slide"`).
     """
     prompts = [list(map(int, prompt)) for prompt in prompt_tokens]
     _check_prompts(prompts, config, sampling)
+    n = sampling.num_samples
     if sampling.overflow == "slide":
-        base = jax.random.key(0) if key is None else key
-        return [
-            _slide(params, prompt, config, sampling, jax.random.fold_in(base, row), row)
-            for row, prompt in enumerate(prompts)
-        ]
+        return _slide_all(params, prompts, config, sampling, key)
     N = sampling.max_new_tokens
     if not prompts or N == 0:
-        return [[] for _ in prompts]
+        told = None if sampling.logprobs is None else []
+        return [Continuation([], "length", told, told) for _ in range(len(prompts) * n)]
     call = _prepare(prompts, config, sampling, key)
-    out_BN, count_B = _generate(
+    progress = _generate(
         params,
         unstack_blocks(params, config)["blocks"],
         call.prompts_BP,
@@ -154,12 +217,39 @@ def generate(
         jnp.int32(N),
         call.draw,
         config,
-        call.filters,
-        call.slots,
-        call.room,
+        call.static,
     )
-    out, counts = np.asarray(out_BN), np.asarray(count_B)
-    return [out[row, : counts[row]].tolist() for row in range(len(prompts))]
+    out, counts = np.asarray(progress.out_BN), np.asarray(progress.count_B)
+    done = np.asarray(progress.done_B)
+    details = None if progress.details is None else Details(*map(np.asarray, progress.details))
+    return [
+        _continuation(out[row, :count].tolist(), bool(done[row]), details, row)
+        for row, count in enumerate(counts)
+    ]
+
+
+def _continuation(tokens: list[int], done: bool, details: Details | None, row: int) -> Continuation:
+    finish = "stop" if done else "length"
+    if details is None:
+        return Continuation(tokens, finish)
+    places = range(len(tokens))
+    ids, logprobs = details.top_ids_BNK[row].tolist(), details.top_logprobs_BNK[row].tolist()
+    return Continuation(
+        tokens,
+        finish,
+        details.logprob_BN[row, : len(tokens)].tolist(),
+        [list(zip(ids[place], logprobs[place], strict=True)) for place in places],
+    )
+
+
+class _Static(NamedTuple):
+    """What a compiled program depends on beside the model and the number of rows."""
+
+    filters: Filters
+    slots: int
+    room: int
+    samples: int
+    logprobs: int | None
 
 
 class _Call(NamedTuple):
@@ -168,9 +258,7 @@ class _Call(NamedTuple):
     prompts_BP: jax.Array
     length_B: jax.Array
     draw: Draw
-    filters: Filters
-    slots: int
-    room: int
+    static: _Static
 
 
 def _prepare(
@@ -182,25 +270,39 @@ def _prepare(
     padded = np.zeros((len(prompts), P), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-    if sampling.seeds is not None:
-        keys_B = jax.vmap(jax.random.key)(np.array(sampling.seeds, np.uint32))
-    else:
-        base = jax.random.key(0) if key is None else key
-        keys_B = jax.vmap(partial(jax.random.fold_in, base))(np.arange(len(prompts)))
+    keys_B = _sample_keys(_row_keys(len(prompts), sampling, key), sampling.num_samples)
     stop = sorted({token for token in sampling.stop if isinstance(token, int)})
     # Padding by -1, which is no token, to a length that other sets of stop tokens share.
     stop_ids = np.full(_bucket(max(len(stop), 1), 2**30, least=4), -1, np.int32)
     stop_ids[: len(stop)] = stop
     filters, values = split_sampling(sampling)
-    return _Call(
-        prompts_BP=jnp.asarray(padded),
-        length_B=jnp.asarray(lengths),
-        draw=Draw(keys_B, jnp.asarray(stop_ids), values),
+    static = _Static(
         filters=filters,
         # The last token drawn is never read, so it needs no slot.
         slots=_bucket(int(lengths.max()) + N - 1, config.context_length),
         room=_bucket(N, config.context_length),
+        samples=sampling.num_samples,
+        logprobs=None if sampling.logprobs is None else min(sampling.logprobs, config.vocab_size),
     )
+    draw = Draw(keys_B, jnp.asarray(stop_ids), values)
+    return _Call(jnp.asarray(padded), jnp.asarray(lengths), draw, static)
+
+
+def _row_keys(rows: int, sampling: Sampling, key: jax.Array | None) -> jax.Array:
+    """A random key for each prompt."""
+    if sampling.seeds is not None:
+        return jax.vmap(jax.random.key)(np.array(sampling.seeds, np.uint32))
+    base = jax.random.key(0) if key is None else key
+    return jax.vmap(partial(jax.random.fold_in, base))(np.arange(rows))
+
+
+def _sample_keys(keys_B: jax.Array, samples: int) -> jax.Array:
+    """A key for each sample of each prompt; the first is the prompt's own."""
+    if samples == 1:
+        return keys_B
+    further = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(samples)))
+    keys_BS = further(keys_B).at[:, 0].set(keys_B)
+    return keys_BS.reshape(-1)
 
 
 def stream(
@@ -232,6 +334,8 @@ def stream(
     prompts = [list(map(int, prompt))]
     if sampling.overflow != "error":
         raise UserError("stream() does not slide past the context; set overflow='error'")
+    if sampling.num_samples != 1:
+        raise UserError(f"stream() gives one sample, not {sampling.num_samples}")
     _check_prompts(prompts, config, sampling)
     N = sampling.max_new_tokens
     if N == 0:
@@ -243,9 +347,7 @@ def stream(
         call.length_B,
         call.draw,
         config,
-        call.filters,
-        call.slots,
-        call.room,
+        call.static,
     )
     params = unstack_blocks(params, config)
     given = 0
@@ -256,20 +358,29 @@ def stream(
         if count >= N or bool(progress.done_B[0]):
             return
         until = jnp.int32(min(count + tokens_per_dispatch, N))
-        progress = _advance_jit(params, progress, until, call.draw, config, call.filters)
+        progress = _advance_jit(params, progress, until, call.draw, config, call.static)
+
+
+def _slide_all(
+    params: Params,
+    prompts: list[list[int]],
+    config: ModelConfig,
+    sampling: Sampling,
+    key: jax.Array | None,
+) -> list[Continuation]:
+    """Continues prompts past the context, one after another."""
+    if sampling.logprobs is not None:
+        raise UserError("logprobs are not told past a full context; set overflow='error'")
+    keys = _sample_keys(_row_keys(len(prompts), sampling, key), sampling.num_samples)
+    one = sampling.replace(seeds=None, num_samples=1)
+    repeated = [prompt for prompt in prompts for _ in range(sampling.num_samples)]
+    return [_slide(params, prompt, config, one, keys[row]) for row, prompt in enumerate(repeated)]
 
 
 def _slide(
-    params: Params,
-    prompt: list[int],
-    config: ModelConfig,
-    sampling: Sampling,
-    key: jax.Array,
-    row: int,
-) -> list[int]:
+    params: Params, prompt: list[int], config: ModelConfig, sampling: Sampling, key: jax.Array
+) -> Continuation:
     """Continues one prompt past the context, from its last half each time that it is full."""
-    if sampling.seeds is not None:
-        key = jax.random.key(sampling.seeds[row])
     half = max(1, config.context_length // 2)
     new: list[int] = []
     turn = 0
@@ -280,13 +391,14 @@ def _slide(
         room = min(sampling.max_new_tokens - len(new), config.context_length - len(seen))
         if room == 0:
             raise UserError("a context of one token has no room to slide")
-        part = sampling.replace(max_new_tokens=room, overflow="error", seeds=None)
-        more = generate(params, [seen], config, part, jax.random.fold_in(key, turn))[0]
-        new += more
+        part = sampling.replace(max_new_tokens=room, overflow="error")
+        turn_key = jax.random.fold_in(key, turn)
+        more = generate_continuations(params, [seen], config, part, turn_key)[0]
+        new += more.tokens
         turn += 1
-        if len(more) < room:
-            break
-    return new
+        if more.finish == "stop":
+            return Continuation(new, "stop")
+    return Continuation(new, "length")
 
 
 def _start(
@@ -295,22 +407,38 @@ def _start(
     length_B: jax.Array,
     draw: Draw,
     config: ModelConfig,
-    filters: Filters,
-    slots: int,
-    room: int,
+    static: _Static,
 ) -> Progress:
     """Reads the prompts and draws each row's first token."""
-    B = prompts_BP.shape[0]
-    logits_BV, cache = prefill(params, prompts_BP, length_B, init_cache(config, B, slots), config)
-    first_B = _drawn(logits_BV, jnp.int32(0), draw, filters)
-    done_B = jnp.isin(first_B, draw.stop_ids)
-    return Progress(
-        index=jnp.int32(1),
-        state=DecodeState(cache, first_B, length_B),
-        done_B=done_B,
-        out_BN=jnp.zeros((B, room), jnp.int32).at[:, 0].set(first_B),
-        count_B=(~done_B).astype(jnp.int32),
+    B, room = prompts_BP.shape[0], static.room
+    cache = init_cache(config, B, static.slots)
+    logits_BV, cache = prefill(params, prompts_BP, length_B, cache, config)
+    history = None
+    if static.filters.penalties:
+        history = start_history(prompts_BP, length_B, config.vocab_size)
+    if static.samples > 1:
+        # Prompts are read once; from here on each sample is a row.
+        each = partial(jnp.repeat, repeats=static.samples, axis=0)
+        logits_BV, cache, length_B, history = jax.tree.map(
+            each, (logits_BV, cache, length_B, history)
+        )
+    rows = B * static.samples
+    details = None
+    if static.logprobs is not None:
+        shape = (rows, room, static.logprobs)
+        details = Details(
+            jnp.zeros((rows, room)), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+        )
+    empty = Progress(
+        index=jnp.int32(0),
+        state=DecodeState(cache, jnp.zeros(rows, jnp.int32), length_B),
+        done_B=jnp.zeros(rows, bool),
+        out_BN=jnp.zeros((rows, room), jnp.int32),
+        count_B=jnp.zeros(rows, jnp.int32),
+        history=history,
+        details=details,
     )
+    return _drawn(empty, logits_BV, draw, static)
 
 
 def _advance(
@@ -319,7 +447,7 @@ def _advance(
     until: jax.Array,
     draw: Draw,
     config: ModelConfig,
-    filters: Filters,
+    static: _Static,
 ) -> Progress:
     """Draws more tokens, until there are so many or all rows have ended."""
 
@@ -327,24 +455,42 @@ def _advance(
         return (progress.index < until) & ~jnp.all(progress.done_B)
 
     def body(progress: Progress) -> Progress:
-        index, state, done_B, out_BN, count_B = progress
-        logits_BV, state = decode_step(params, state, config)
-        token_B = _drawn(logits_BV, index, draw, filters)
-        done_B = done_B | jnp.isin(token_B, draw.stop_ids)
-        out_BN = jax.lax.dynamic_update_index_in_dim(out_BN, token_B, index, axis=1)
-        count_B = count_B + ~done_B
-        return Progress(index + 1, state._replace(token_B=token_B), done_B, out_BN, count_B)
+        logits_BV, state = decode_step(params, progress.state, config)
+        return _drawn(progress._replace(state=state), logits_BV, draw, static)
 
     return jax.lax.while_loop(unfinished, body, progress)
 
 
-def _drawn(logits_BV: jax.Array, index: jax.Array, draw: Draw, filters: Filters) -> jax.Array:
+def _drawn(progress: Progress, logits_BV: jax.Array, draw: Draw, static: _Static) -> Progress:
+    """With one more token a row, drawn from its logits."""
+    index, history, details = progress.index, progress.history, progress.details
     # A key for each row and index: what a row draws does not depend on when others end.
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys_B, index)
-    return sample(logits_BV, step_keys, filters, draw.values)
+    token_B = sample(logits_BV, step_keys, static.filters, draw.values, history)
+    if history is not None:
+        history = extend_history(history, token_B)
+    write = partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=1)
+    if details is not None and static.logprobs is not None:
+        logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+        top_BK, ids_BK = jax.lax.top_k(logprobs_BV, static.logprobs)
+        details = Details(
+            write(details.logprob_BN, jnp.take_along_axis(logprobs_BV, token_B[:, None], 1)[:, 0]),
+            write(details.top_ids_BNK, ids_BK),
+            write(details.top_logprobs_BNK, top_BK),
+        )
+    done_B = progress.done_B | jnp.isin(token_B, draw.stop_ids)
+    return Progress(
+        index=index + 1,
+        state=progress.state._replace(token_B=token_B),
+        done_B=done_B,
+        out_BN=write(progress.out_BN, token_B),
+        count_B=progress.count_B + ~done_B,
+        history=history,
+        details=details,
+    )
 
 
-@partial(jax.jit, static_argnames=("config", "filters", "slots", "room"))
+@partial(jax.jit, static_argnames=("config", "static"))
 def _generate(
     params: Params,
     blocks: tuple[Params, ...],
@@ -353,19 +499,18 @@ def _generate(
     max_new: jax.Array,
     draw: Draw,
     config: ModelConfig,
-    filters: Filters,
-    slots: int,
-    room: int,
-) -> tuple[jax.Array, jax.Array]:
-    """New tokens `[B, room]` and how many of them each row has."""
-    progress = _start(params, prompts_BP, length_B, draw, config, filters, slots, room)
+    static: _Static,
+) -> Progress:
+    """The whole of a batch in one program: its rows as they end, without their cache."""
+    progress = _start(params, prompts_BP, length_B, draw, config, static)
     unstacked = {**params, "blocks": blocks}
-    progress = _advance(unstacked, progress, max_new, draw, config, filters)
-    return progress.out_BN, progress.count_B
+    progress = _advance(unstacked, progress, max_new, draw, config, static)
+    nothing = DecodeState((), progress.state.token_B, progress.state.length_B)
+    return progress._replace(state=nothing, history=None)
 
 
-_start_jit = partial(jax.jit, static_argnames=("config", "filters", "slots", "room"))(_start)
-_advance_jit = partial(jax.jit, static_argnames=("config", "filters"), donate_argnames="progress")(
+_start_jit = partial(jax.jit, static_argnames=("config", "static"))(_start)
+_advance_jit = partial(jax.jit, static_argnames=("config", "static"), donate_argnames="progress")(
     _advance
 )
 
@@ -393,5 +538,14 @@ def _check_prompts(prompts: list[list[int]], config: ModelConfig, sampling: Samp
                 f"for at most {max(config.context_length - len(prompt), 0)} new tokens, or set "
                 "overflow='slide' to go on from the last half of a full context"
             )
+    named = [token for token, _ in sampling.logit_bias] + list(sampling.banned)
+    for token in named:
+        if not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"logit_bias or banned names token id {token}, but ids run from 0 to "
+                f"{config.vocab_size - 1}"
+            )
+    if len(set(sampling.banned)) == config.vocab_size:
+        raise UserError("banned holds the whole vocabulary; leave at least one token")
     if sampling.seeds is not None and len(sampling.seeds) != len(prompts):
         raise UserError(f"{len(sampling.seeds)} seeds for {len(prompts)} prompts; one a prompt")
