@@ -1,5 +1,6 @@
 """Where gptjax keeps what it can make again."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -15,3 +16,11 @@ def cache_directory() -> Path:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "gptjax"
+
+
+def gptjax_version() -> str:
+    """The version of gptjax that is installed, or "" where it is not installed as a package."""
+    try:
+        return importlib.metadata.version("gptjax")
+    except importlib.metadata.PackageNotFoundError:
+        return ""

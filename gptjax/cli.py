@@ -1,5 +1,6 @@
 """The `gptjax` command: thin over the functions."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,10 +9,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from gptjax.caching import gptjax_version
 from gptjax.command_line import parse_flags, run_command
 from gptjax.errors import UserError, nearest
-
-MODEL = "a name on the Hugging Face hub, a folder, a .gguf file, a run folder, or smollm2"
+from gptjax.reporting import print_error
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,6 @@ class Doctor:
 
 def generate(settings: Generate) -> None:
     """Prints continuations, each with its prompt."""
-    import jax
-
     from gptjax.pretrained.loading import load
     from gptjax.sampling import Sampling
     from gptjax.text_generation import generate_text, prompt_ids
@@ -126,13 +125,21 @@ def generate(settings: Generate) -> None:
         top_p=settings.top_p,
         overflow="slide" if room >= model.config.context_length else "error",
     )
+    if settings.num_samples < 1:
+        raise UserError(f"num_samples is {settings.num_samples}; at least 1")
     prompts = [settings.prompt] * settings.num_samples
-    for number, text in enumerate(
-        generate_text(model, prompts, sampling, jax.random.key(settings.seed))
-    ):
+    for number, text in enumerate(generate_text(model, prompts, sampling, _key(settings.seed))):
         if number:
             print("-" * 8)
         print(settings.prompt + text)
+
+
+def _key(seed: int) -> Any:
+    import jax
+
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; from 0 to {2**32 - 1}")
+    return jax.random.key(seed)
 
 
 def chat(settings: Chat) -> None:
@@ -151,9 +158,11 @@ def chat(settings: Chat) -> None:
     model = load(settings.model)
     start = [] if settings.system is None else [{"role": "system", "content": settings.system}]
     chat_ids(model, [*start, {"role": "user", "content": "?"}])  # Refused before the first message.
-    room = model.config.context_length - settings.max_new_tokens
+    # Half of a small context is for the answer, the rest for what was said.
+    context = model.config.context_length
+    sampling = sampling.replace(max_new_tokens=min(settings.max_new_tokens, context // 2))
     messages: list[dict[str, str]] = []
-    key = jax.random.key(settings.seed)
+    key = _key(settings.seed)
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -162,16 +171,28 @@ def chat(settings: Chat) -> None:
         if not text.strip():
             continue
         messages.append({"role": "user", "content": text})
-        ids = chat_ids(model, start + messages)
-        while len(ids) > room and len(messages) > 2:
-            # The oldest question and its answer go first.
-            del messages[:2]
+        try:
             ids = chat_ids(model, start + messages)
+            while len(ids) + sampling.max_new_tokens > context and len(messages) > 2:
+                # The oldest question and its answer go first.
+                del messages[:2]
+                ids = chat_ids(model, start + messages)
+            if len(ids) + sampling.max_new_tokens > context:
+                raise UserError(
+                    f"this message makes {len(ids)} tokens, and the model's context of {context} "
+                    f"leaves {context - sampling.max_new_tokens} beside an answer; shorten it"
+                )
+        except UserError as error:
+            print_error(error)
+            messages.pop()
+            continue
         key, answer_key = jax.random.split(key)
         answer = ""
-        for piece in stream_text(model, ids, sampling, answer_key):
-            print(piece, end="", flush=True)
-            answer += piece
+        # Ctrl-C ends an answer; at the prompt it ends the conversation.
+        with contextlib.suppress(KeyboardInterrupt):
+            for piece in stream_text(model, ids, sampling, answer_key):
+                print(piece, end="", flush=True)
+                answer += piece
         print(flush=True)
         messages.append({"role": "assistant", "content": answer})
 
@@ -235,6 +256,9 @@ def main() -> None:
 
 def _main() -> None:
     args = sys.argv[1:]
+    if args[:1] == ["--version"]:
+        print(f"gptjax {gptjax_version()}")
+        return
     if not args or args[0] in ("-h", "--help"):
         print("usage: gptjax COMMAND ...\n\ncommands (gptjax COMMAND --help tells more):")
         for name, (_, _, summary) in COMMANDS.items():

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn, TypeVar
@@ -56,11 +57,13 @@ def parse_flags(
 
     args = sys.argv[1:] if args is None else args
     flags = list(_flags(kind if default is None else default, ""))
-    for arg in args:
+    for arg in itertools.takewhile(lambda arg: arg != "--", args):
         flag = arg.partition("=")[0].replace("_", "-")
         if flag.startswith("--") and len(flag) > 2 and flag not in flags:
             close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else "--help lists them"
+            if " " in flag:
+                hint = "a text that begins with a dash comes last, after --"
             raise UserError(f"unknown flag {flag}; {hint}")
     complaint = io.StringIO()
     try:
@@ -116,9 +119,17 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     except NonFiniteLossError as error:
         print_error(error)
         status = 1
+    except BrokenPipeError:
+        # Who read the output has enough; what is left has no reader.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         print_error(error)
         status = 2
+    except RuntimeError as error:
+        if "backend" not in str(error):
+            raise
+        print_error(RuntimeError(f"{str(error).splitlines()[0]}; gptjax doctor tells more"))
+        status = 1
     except KeyboardInterrupt:
         print_error(KeyboardInterrupt("interrupted"))
         status = 130

@@ -12,7 +12,10 @@ _PACKAGES = (
     "flax",
     "optax",
     "orbax-checkpoint",
+    "grain",
     "numpy",
+    "tyro",
+    "jinja2",
     "tokenizers",
     "safetensors",
     "huggingface-hub",
@@ -48,11 +51,15 @@ def examine() -> Iterator[str]:
             limit = stats.get("bytes_limit")
             memory = f", {limit / 2**30:.1f} GiB" if limit else ""
             yield f"device      {device.id}: {device.device_kind} ({device.platform}{memory})"
-    except RuntimeError as error:
+    except Exception as error:  # A plugin may raise anything.
         backend = "none"
-        yield f"device      none: {str(error).splitlines()[0]}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        yield f"device      none: {reason}"
+        platforms = os.environ.get("JAX_PLATFORMS")
         advice.append(
-            "JAX cannot start a device. If another process holds the TPU or GPU, end it; "
+            f"JAX_PLATFORMS={platforms} names what is not here, or is misspelled; unset it"
+            if platforms
+            else "JAX cannot start a device. If another process holds the TPU or GPU, end it; "
             "JAX_PLATFORMS=cpu runs without"
         )
     advice += _accelerator_advice(backend)

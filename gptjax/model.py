@@ -36,6 +36,8 @@ class Model:
     """What Hugging Face's generation_config.json says, such as the ids that end a text."""
     source: dict[str, Any] = field(default_factory=dict)
     """The config.json that the weights came with, so that an export gives the same."""
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """The dtypes of the tensors that the weights came in, by their names."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

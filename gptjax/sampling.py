@@ -73,6 +73,8 @@ class Sampling:
         object.__setattr__(self, "banned", tuple(map(int, self.banned)))
         stop = (self.stop,) if isinstance(self.stop, int | str) else self.stop
         object.__setattr__(self, "stop", tuple(stop))
+        if "" in self.stop:
+            raise UserError("stop holds an empty string, which stands everywhere; leave it out")
         if self.seeds is not None:
             object.__setattr__(self, "seeds", tuple(self.seeds))
         if self.max_new_tokens < 0:

@@ -1,7 +1,7 @@
 """Texts and conversations continued: from text to token ids, through `generation`, and back."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ def generate_text(
         key: random key; None is `jax.random.key(0)`.
 
     Returns:
-        The continuations, without the prompts, each cut before the first stop string.
+        The continuations, without the prompts, each cut before the first stop string; with
+        `sampling.num_samples` of n, n for each prompt, one after another.
 
     Raises:
         UserError: if the model has no tokenizer, a text is empty and the tokenizer has no
@@ -39,12 +40,11 @@ def generate_text(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [prompt_ids(model, text) for text in texts]
     rows = generate(model.params, ids, model.config, _stopping(model, sampling), key)
-    continuations = []
-    for row in rows:
-        text = tokenizer.decode(_of_tokenizer(row, tokenizer))
-        ends = [text.find(stop) for stop in sampling.stop if isinstance(stop, str)]
-        continuations.append(text[: min([end for end in ends if end >= 0], default=None)])
-    return continuations
+    continued = [bool(text) for text in texts for _ in range(sampling.num_samples)]
+    return [
+        "".join(_pieces(tokenizer, row, sampling, continues))
+        for row, continues in zip(rows, continued, strict=True)
+    ]
 
 
 def stream_text(
@@ -70,12 +70,20 @@ def stream_text(
     """
     tokenizer = _tokenizer(model)
     ids = prompt_ids(model, prompt) if isinstance(prompt, str) else prompt
-    stops = [stop for stop in sampling.stop if isinstance(stop, str) and stop]
-    decoder = StreamDecoder(tokenizer)
-    held = ""
     tokens = stream(model.params, ids, model.config, _stopping(model, sampling), key)
-    pieces = (decoder.push(i) for i in tokens if i < tokenizer.vocab_size)
-    for piece in itertools.chain(pieces, (decoder.finish() for _ in range(1))):
+    yield from _pieces(tokenizer, tokens, sampling, isinstance(prompt, str) and bool(prompt))
+
+
+def _pieces(
+    tokenizer: Tokenizer, ids: Iterable[int], sampling: Sampling, continues: bool
+) -> Iterator[str]:
+    """The text of ids in pieces of whole characters, up to the first stop string."""
+    decoder = StreamDecoder(tokenizer, continues=continues)
+    stops = [stop for stop in sampling.stop if isinstance(stop, str)]
+    held = ""
+    # Without ids that the model has rows for and the tokenizer no tokens (padded vocabularies).
+    decoded = (decoder.push(i) for i in ids if i < tokenizer.vocab_size)
+    for piece in itertools.chain(decoded, (decoder.finish() for _ in range(1))):
         held += piece
         ends = [at for at in (held.find(stop) for stop in stops) if at >= 0]
         if ends:
@@ -93,13 +101,14 @@ def stream_text(
         yield held
 
 
-def chat_ids(model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
+def chat_ids(model: Model, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
     """The token ids of a conversation, up to where the model is to answer.
 
     Args:
         model: with a tokenizer that has a chat template.
         messages: `{"role": "user", "content": "..."}` and the like, in their order. A special token
             that a content spells is encoded as the text it is.
+        options: further variables of the template, such as Qwen 3's `enable_thinking=False`.
 
     Raises:
         UserError: if the model has no chat template, or it refuses the messages.
@@ -109,7 +118,7 @@ def chat_ids(model: Model, messages: Sequence[dict[str, Any]]) -> list[int]:
         raise UserError(
             "this model has no chat template; use an instruction-tuned model, or generate_text"
         )
-    return tokenizer.encode_chat(list(messages))
+    return tokenizer.encode_chat(list(messages), **options)
 
 
 def generate_chat(
@@ -117,6 +126,7 @@ def generate_chat(
     messages: Sequence[dict[str, Any]],
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
+    **options: Any,
 ) -> str:
     """The model's answer to a conversation.
 
@@ -125,11 +135,12 @@ def generate_chat(
         messages: as in `chat_ids`.
         sampling: as in `generate_text`.
         key: as in `generate`.
+        options: as in `chat_ids`.
 
     Raises:
         UserError: as `chat_ids` and `generate_text` do.
     """
-    return "".join(stream_text(model, chat_ids(model, messages), sampling, key))
+    return "".join(stream_text(model, chat_ids(model, messages, **options), sampling, key))
 
 
 def prompt_ids(model: Model, text: str) -> list[int]:
@@ -139,9 +150,15 @@ def prompt_ids(model: Model, text: str) -> list[int]:
     comes to nothing starts from the token that begins a text, or that ends one.
 
     Raises:
-        UserError: if the model has no tokenizer.
+        UserError: if the model has no tokenizer, or the text is no Unicode.
     """
     tokenizer = _tokenizer(model)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text is not UTF-8 at character {error.start}; convert it to UTF-8"
+        ) from error
     starts = [start for start in (tokenizer.bos_id, tokenizer.eos_id) if start is not None]
     return encode_prompt(tokenizer, text) or starts[:1]
 
@@ -155,8 +172,3 @@ def _tokenizer(model: Model) -> Tokenizer:
 def _stopping(model: Model, sampling: Sampling) -> Sampling:
     """With the tokens that end the model's texts among the stops."""
     return sampling.replace(stop=(*sampling.stop, *model.stop_ids))
-
-
-def _of_tokenizer(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Without ids that the model has rows for and the tokenizer no tokens (padded vocabularies)."""
-    return [i for i in ids if i < tokenizer.vocab_size]

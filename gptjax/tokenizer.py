@@ -302,6 +302,11 @@ class BPETokenizer:
         return self._vocab_size
 
     @property
+    def base_vocab_size(self) -> int:
+        """The size of the vocabulary without the tokens that were added to it."""
+        return max(self._library.get_vocab(with_added_tokens=False).values()) + 1
+
+    @property
     def eos_id(self) -> int | None:
         return self._named_id("end-of-text", self.eos_token)
 
@@ -320,7 +325,11 @@ class BPETokenizer:
         return self._prompt_start + self.encode(text)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **options: Any,
     ) -> list[int]:
         """Returns the ids of a conversation laid out by the chat template.
 
@@ -330,6 +339,7 @@ class BPETokenizer:
         Args:
             messages: `{"role": ..., "content": ...}` each, both strings.
             add_generation_prompt: Whether the ids end where the model's turn begins.
+            options: Further variables of the template.
 
         Raises:
             UserError: There is no chat template, the messages are malformed, or the template
@@ -353,6 +363,7 @@ class BPETokenizer:
             add_generation_prompt=add_generation_prompt,
             bos_token=self.bos_token,
             eos_token=self.eos_token,
+            **options,
         )
         return self._encode_disguised(text, restored)
 
@@ -511,23 +522,30 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 class StreamDecoder:
     """Decodes ids one by one, never half a character; all it returns joined is the whole text.
 
+    Where byte tokens are no UTF-8, only they become U+FFFD, and not what stands beside them, as in
+    the library's own decoding of Llama 2's vocabulary.
+
     Examples:
         >>> stream = StreamDecoder(ByteTokenizer())
         >>> [stream.push(i) for i in "aé".encode()] + [stream.finish()]
         ['a', '', 'é', '']
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
-        """Begins a text.
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special: bool = False, continues: bool = False
+    ):
+        """Begins a text, or goes on with one.
 
         Args:
             tokenizer: Whose ids they are. One that is none of gptjax's must give every id whole
                 characters.
             skip_special: Whether special tokens are left out rather than spelled.
+            continues: Whether the ids follow on other text: some tokenizers drop the space that
+                begins a text, but not one inside it.
         """
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._is_first = True
+        self._is_first = not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, i: int) -> str:

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,79 @@ def test_a_long_chat_forgets_its_beginning(
     monkeypatch.setattr("sys.stdin", io.StringIO("the question\n" * 12))
     status, _, error = command("gptjax", "chat", directory, "--max-new-tokens", 8)
     assert (status, error) == (0, "")
+
+
+def test_a_message_that_is_too_long_is_refused_and_the_chat_goes_on(
+    directory: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("xyz " * 100 + "\nto be?\n"))
+    status, out, error = command("gptjax", "chat", directory, "--max-new-tokens", 500)
+    assert status == 0
+    assert "leaves 64 beside an answer" in error
+    assert out.endswith("\n")
+
+
+def test_an_interrupted_answer_does_not_end_the_chat(
+    directory: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptjax import text_generation
+
+    answers = iter((["to", KeyboardInterrupt()], ["be"]))
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        for piece in next(answers):
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+    monkeypatch.setattr(text_generation, "stream_text", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a?\nb?\n"))
+    assert command("gptjax", "chat", directory) == (0, "to\nbe\n", "")
+
+
+def test_prompts_that_look_like_flags(directory: Path, command: Command) -> None:
+    flags = ("--max-new-tokens", 1, "--temperature", 0)
+    status, out, error = command("gptjax", "generate", *flags, "--", directory, "--to be")
+    assert (status, error) == (0, "")
+    assert out.startswith("--to be")
+    status, _, error = command("gptjax", "generate", directory, "--to be", *flags)
+    assert status == 2
+    assert "after --" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--seed", "99999999999999999999"), "seed is 99999999999999999999"),
+        (("--num-samples", "-1"), "num_samples is -1"),
+        (("--max-new-tokens", "-1"), "max_new_tokens is -1"),
+    ],
+)
+def test_numbers_out_of_range(
+    directory: Path, command: Command, flags: tuple[str, ...], words: str
+) -> None:
+    status, out, error = command("gptjax", "generate", directory, "to be", *flags)
+    assert (status, out) == (2, "")
+    assert words in error
+
+
+def test_version(command: Command) -> None:
+    status, out, _ = command("gptjax", "--version")
+    assert status == 0
+    assert out.startswith("gptjax ")
+
+
+def test_a_backend_that_does_not_start(tmp_path: Path) -> None:
+    for arguments, words in ((("doctor",), "JAX_PLATFORMS=nonsense"), (("generate", "x"), "error")):
+        done = subprocess.run(
+            [sys.executable, "-m", "gptjax.cli", *arguments],
+            env=os.environ | {"JAX_PLATFORMS": "nonsense", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert words in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_chat_needs_a_template(tmp_path: Path, command: Command, rng: Any) -> None:

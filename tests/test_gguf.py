@@ -1,6 +1,7 @@
 """GGUF files: every quantization and architecture, against the gguf package and transformers."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gptjax.errors import UserError
 from gptjax.model import forward
 from gptjax.params import flat
 from gptjax.pretrained.conversions import conversion_directory, finish_keeping
+from gptjax.pretrained.huggingface import save_pretrained
 from gptjax.pretrained.loading import load
 
 Kind = gguf.GGMLQuantizationType
@@ -277,6 +279,42 @@ def test_a_full_disk_only_warns(
 
     with pytest.warns(UserWarning, match="could not be kept"):
         load_and_keep()
+
+
+def test_what_else_a_folder_of_conversions_holds(tmp_path: Path, rng: np.random.Generator) -> None:
+    """What a killed process left is replaced, and a changed file's conversion too."""
+    path = tmp_path / "model.gguf"
+    for _ in range(2):
+        write(path, "llama", tensors("llama", rng), Kind.Q8_0)
+        directory = conversion_directory(path)
+        left = directory.with_name(directory.name + ".new")
+        left.mkdir(parents=True)
+        (left / "model.safetensors").write_bytes(b"half")
+        load(path)
+        finish_keeping(directory)
+    folders = [entry for entry in directory.parent.iterdir() if entry.is_dir()]
+    assert folders == [directory]
+    load(path, cache=False)
+
+
+def test_a_folder_with_one_file(tmp_path: Path, rng: np.random.Generator) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "a.GGUF", "llama", tensors("llama", rng))
+    assert load(folder / "a.GGUF").config.num_layers == 2
+    (folder / "a.GGUF").rename(folder / "a.gguf")
+    assert load(folder).config.num_layers == 2
+    write(folder / "b.gguf", "llama", tensors("llama", rng))
+    with pytest.raises(UserError, match=r"a\.gguf, b\.gguf"):
+        load(folder)
+
+
+def test_an_export_names_its_architecture(tmp_path: Path, rng: np.random.Generator) -> None:
+    write(tmp_path / "model.gguf", "llama", tensors("llama", rng), Kind.Q8_0)
+    save_pretrained(load(tmp_path / "model.gguf"), tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["architectures"] == ["LlamaForCausalLM"]
+    assert values["dtype"] == "float16"
 
 
 def test_smollm2_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Weight files as they are found: whole, damaged, foreign, malicious, on many devices."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -28,7 +29,7 @@ from gptjax.pretrained.families import family_of, read_config
 from gptjax.pretrained.family import canonical
 from gptjax.pretrained.huggingface import save_pretrained
 from gptjax.pretrained.loading import load
-from gptjax.tokenizer import CharTokenizer
+from gptjax.tokenizer import BPETokenizer, CharTokenizer
 
 LLAMA = GPT2.replace(
     num_kv_heads=2,
@@ -274,7 +275,6 @@ def _refused_config(directory: Path, key: str) -> str:
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_medium": 3}}, ["beta_medium"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["disagree"]),
         ({"rope_theta": 3.0}, ["rope_theta is 3.0", "10000.0"]),
-        ({"pretraining_tp": 2}, ["pretraining_tp=2"]),
         ({"hidden_act": "xielu"}, ["hidden_act='xielu'"]),
         ({"model_type": "mistral", "layer_types": ["chunked"] * 2}, ["layer_types"]),
     ],
@@ -319,7 +319,66 @@ def test_a_tokenizer_of_another_model(gpt2: Path) -> None:
         load(gpt2)
 
 
+def test_an_added_token_beyond_the_vocabulary_does_no_harm(gpt2: Path) -> None:
+    import tokenizers
+
+    from gptjax.pretrained.tokenizer_files import write_tokenizer
+
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE({chr(97 + n): n for n in range(26)}, [], fuse_unk=False)
+    )
+    library.add_special_tokens([f"<{n}>" for n in range(6)])
+    write_tokenizer(BPETokenizer(library, None), gpt2)
+    tokenizer = load(gpt2).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.vocab_size == 32 == GPT2.vocab_size + 1
+
+
+def test_weights_without_a_tokenizer_that_cannot_be_read(gpt2: Path) -> None:
+    (gpt2 / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
+    with pytest.raises(UserError, match=r"tokenizer=False"):
+        load(gpt2)
+    assert load(gpt2, tokenizer=False).tokenizer is None
+
+
+def test_json_that_is_a_pointer(gpt2: Path) -> None:
+    (gpt2 / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4")
+    with pytest.raises(UserError, match="git lfs pull"):
+        load(gpt2)
+
+
 # The hub
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["config.json", "pytorch_model.bin"], "pickled weights alone"),
+        (["a.Q4_K.gguf", "README.md"], r"hf download someone/model a\.Q4_K\.gguf"),
+        (["adapter_config.json", "adapter_model.safetensors"], "an adapter"),
+        (["README.md"], "no safetensors"),
+    ],
+)
+def test_a_repository_without_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], words: str
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: files)
+    with pytest.raises(UserError, match=words):
+        load("someone/model")
+
+
+def test_a_full_disk_is_not_called_a_missing_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match="No space left"):
+        load("someone/model")
 
 
 OFFLINE = """
@@ -380,7 +439,7 @@ def test_a_gated_and_an_unknown_repository(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_names_that_are_no_repository() -> None:
-    for name in ("runs/nothing-here", "./nothing", "a b/c", "x/y/z"):
+    for name in ("runs/nothing-here", "./nothing", "a b/c", "x/y/z", "model.gguf", "a/b.bin"):
         with pytest.raises(UserError, match="does not exist"):
             hub.find(name)
 
@@ -424,15 +483,59 @@ def test_small_dtypes_go_and_come_bit_for_bit(gpt2: Path, tmp_path: Path, dtype:
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(half.params))
 
 
-def test_quantized_integers_are_refused(gpt2: Path) -> None:
+def test_tensors_keep_the_dtypes_that_they_came_in(gpt2: Path, tmp_path: Path) -> None:
+    """Whatever config.json says, and each its own."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        for name in tensors:
+            if tensors[name].ndim == 2:
+                tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+
+    change_tensors(gpt2, change)
+    change_json(gpt2 / "config.json", lambda values: values.update(dtype="float16"))
+    save_pretrained(load(gpt2), tmp_path / "again")
+    before = safetensors.numpy.load_file(gpt2 / SINGLE)
+    after = safetensors.numpy.load_file(tmp_path / "again" / SINGLE)
+    for tensor, values in before.items():
+        assert after[tensor].dtype == values.dtype
+        assert after[tensor].tobytes() == values.tobytes()
+    one, other = (path / "config.json" for path in (gpt2, tmp_path / "again"))
+    assert json.loads(one.read_text()) == json.loads(other.read_text())
+
+
+def test_weights_that_were_changed_lose_nothing(gpt2: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].astype(np.float16)
+
+    change_tensors(gpt2, change)
+    model = load(gpt2)
+    tuned = dataclasses.replace(model, params=jax.tree.map(lambda x: x + 1e-5, model.params))
+    save_pretrained(tuned, tmp_path / "tuned")
+    assert_same_params(load(tmp_path / "tuned").params, tuned.params)
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_an_export_leaves_nothing_of_another_tokenizer(gpt2: Path) -> None:
+    (gpt2 / "chat_template.jinja").write_text("STALE")
+    model = load(gpt2)
+    tokenizer = BPETokenizer.train(["abc"], 257)
+    config = model.config.replace(vocab_size=257)
+    params = random_params(config, np.random.default_rng(0))
+    save_pretrained(Model(config, params, tokenizer), gpt2)
+    again = load(gpt2).tokenizer
+    assert isinstance(again, BPETokenizer)
+    assert again.chat_template is None
+
+
+def test_quantized_integers_are_refused(gpt2: Path, monkeypatch: Any) -> None:
     def change(tensors: dict[str, Any]) -> None:
         for name in tensors:
             if name.endswith("c_fc.weight"):
                 tensors[name] = tensors[name].astype(np.int8)
 
     change_tensors(gpt2, change)
-    with pytest.raises(UserError, match="I8"):
-        load(gpt2)
+    assert "of dtype I8" in refused(gpt2, monkeypatch)
 
 
 def test_what_is_loaded_does_not_change_with_the_file(gpt2: Path) -> None:

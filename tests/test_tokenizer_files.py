@@ -111,7 +111,7 @@ def test_files_that_are_missing_or_broken(tmp_path: Path, trained: BPETokenizer)
         read_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     assert read(tmp_path).eos_id is None
-    (tmp_path / "tokenizer.json").write_text("<html>")
+    (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(UserError, match=r"cannot read .*tokenizer\.json"):
         read_tokenizer(tmp_path)
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(

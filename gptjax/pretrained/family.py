@@ -37,17 +37,25 @@ ACTIVATION_NAMES: dict[Activation, str] = {
 }
 """What config.json calls each nonlinearity, where transformers has several names for one."""
 
-# Keys that do not change the function: training, bookkeeping, other heads. Of the windows, what
-# they say is read from other keys where it counts.
+# Keys that do not change the function: training, bookkeeping, other heads, and what older files
+# say about generation.
 _HARMLESS_TEXT = """
-    architectures attention_dropout attn_implementation attn_pdrop auto_map bos_token_id
-    classifier_dropout dtype embd_pdrop eos_token_id gradient_checkpointing hidden_dropout id2label
-    initializer_range is_decoder keys_to_ignore_at_inference label2id max_length max_window_layers
-    model_type num_labels output_past pad_token_id pretraining_tp problem_type
-    reorder_and_upcast_attn resid_pdrop return_dict sep_token_id summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    tokenizer_class torch_dtype transformers.js_config transformers_version unk_token_id
-    unsloth_fixed unsloth_version use_cache use_return_dict
+    architectures attention_dropout attn_implementation attn_pdrop auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout custom_pipelines
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout id2label
+    initializer_range is_decoder is_llama_config keys_to_ignore_at_inference label2id
+    length_penalty max_length max_sequence_length min_length model_max_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_past output_scores pad_token_id
+    predict_special_tokens prefix pretraining_tp problem_type remove_invalid_values
+    reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict return_dict_in_generate
+    sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss
+    tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16
+    use_cache use_return_dict
 """
 _HARMLESS = frozenset(_HARMLESS_TEXT.split())
 
@@ -89,12 +97,52 @@ class ConfigReader:
         value = self._values.get(key)
         return default if value is None else value
 
-    def size(self, key: str) -> int:
-        """A whole number that must be there."""
-        value = self.get(key)
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1; it must be there unless there is a default.
+
+        Raises:
+            UserError: if it is something else.
+        """
+        value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{key} of {self._where} is {value!r}; a whole number of at least 1")
+            raise self._wrong(key, value, "a whole number of at least 1")
         return value
+
+    def number(self, key: str, default: float) -> float:
+        """A number above 0.
+
+        Raises:
+            UserError: if it is something else.
+        """
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise self._wrong(key, value, "a number above 0")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false.
+
+        Raises:
+            UserError: if it is something else.
+        """
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """An object without its nulls; empty where the key is missing.
+
+        Raises:
+            UserError: if it is something else.
+        """
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise self._wrong(key, value, "an object")
+        return {name: inner for name, inner in value.items() if inner is not None}
+
+    def _wrong(self, key: str, value: Any, legal: str) -> UserError:
+        return UserError(f"{key} of {self._where} is {value!r}; it must be {legal}")
 
     def only(self, key: str, *legal: Any) -> None:
         """Refuses a key whose value would change the function in a way that is not built.
@@ -116,7 +164,7 @@ class ConfigReader:
             UserError: if there is none of that name here.
         """
         name = self.get(key, default)
-        if name not in _ACTIVATIONS:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
             raise UserError(
                 f"{key}={name!r} in {self._where} is not supported; only "
                 f"{', '.join(_ACTIVATIONS)} are"
@@ -133,7 +181,11 @@ class ConfigReader:
         if kinds is None:
             return None
         known = {"sliding_attention", "full_attention"}
-        if len(kinds) != layers or set(kinds) - known:
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != layers
+            or any(kind not in known for kind in kinds)
+        ):
             raise UserError(
                 f"layer_types={kinds!r} in {self._where} is not supported; only {layers} times "
                 f"{' or '.join(sorted(known))} is"
@@ -154,16 +206,16 @@ class ConfigReader:
         Raises:
             UserError: for a scaling or a key in it that is not built, or two values for one thing.
         """
-        newer = dict(self.get("rope_parameters", {}))
-        older = dict(self.get("rope_scaling", {}))
-        if older and newer and not older.items() <= newer.items() | {("type", _rope_kind(newer))}:
+        newer, older = self.mapping("rope_parameters"), self.mapping("rope_scaling")
+        values = newer or older
+        if any(isinstance(value, dict) for value in values.values()):
+            raise UserError(f"rope_parameters of {self._where} differ by layer: not supported")
+        same = newer | {"type": _rope_kind(newer)}
+        if newer and any(same.get(name) != value for name, value in older.items()):
             raise UserError(
                 f"rope_scaling {older} and rope_parameters {newer} of {self._where} disagree; "
                 "remove the one that is wrong"
             )
-        values = newer or older
-        if any(isinstance(value, dict) for value in values.values()):
-            raise UserError(f"rope_parameters of {self._where} differ by layer: not supported")
         kind = _rope_kind(values)
         for key in ("type", "rope_type"):
             values.pop(key, None)
@@ -179,10 +231,13 @@ class ConfigReader:
                     "remove the one that is wrong"
                 )
             given = [value for value in (inside, outside) if value is not None]
-            fields[field] = float(given[0] if given else default)
+            value = given[0] if given else default
+            if not isinstance(value, int | float) or not value > 0:
+                raise self._wrong(outer, value, "a number above 0")
+            fields[field] = float(value)
         original = self.get("original_max_position_embeddings")
         if kind == "default":
-            _refuse_rope(self._where, kind, {k: v for k, v in values.items() if v is not None})
+            _refuse_rope(self._where, kind, values)
             return fields
         renamed = {
             "factor": "factor",
@@ -199,15 +254,14 @@ class ConfigReader:
             "llama3": list(renamed)[:4],
             "yarn": [*list(renamed)[:2], *list(renamed)[4:]],
         }
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise UserError(
                 f"rope scaling {kind!r} in {self._where} is not supported; only "
                 f"{', '.join(known)} are"
             )
-        scaling = {
-            renamed[key]: values.pop(key) for key in known[kind] if values.get(key) is not None
-        }
+        scaling = {renamed[key]: values.pop(key) for key in known[kind] if key in values}
         if kind == "yarn":
+            values.pop("finetuned", None)  # Whether the model was trained on with it.
             mscale, all_dim = values.pop("mscale", None), values.pop("mscale_all_dim", None)
             if mscale and all_dim and "attention_factor" not in scaling:
                 log = max(math.log(scaling.get("factor", 1.0)), 0.0)
@@ -217,6 +271,9 @@ class ConfigReader:
         else:
             scaling.setdefault("original_context", original or context_length)
         _refuse_rope(self._where, kind, values)
+        for name, value in scaling.items():
+            if not isinstance(value, int | float):
+                raise self._wrong(f"rope scaling's {name}", value, "a number")
         if "factor" not in scaling:
             raise UserError(f"rope scaling {kind!r} in {self._where} lacks its factor")
         return fields | {"rope_scaling": RopeScaling(**{"kind": kind}, **scaling)}

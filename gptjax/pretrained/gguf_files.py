@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import UserError, nearest
+from gptjax.pretrained.json_files import refuse_other_content
 from gptjax.pretrained.mapping import Tensor
 from gptjax.pretrained.tokenizer_files import tokenizer_from_gguf
 from gptjax.tokenizer import Tokenizer
@@ -42,10 +43,22 @@ class QuantizedTensor:
                 "cannot dequantize; give a file in another quantization, such as Q8_0"
             ) from error
         if self.kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16):
-            with np.errstate(over="ignore"):
-                half = values.astype(np.float16)
-            values = half if np.isfinite(half).all() else values
+            values = as_float16(values, exactly=False)
         return self.rearrange(values)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is read, but for values too large for it."""
+        full = self.kind.name in ("F32", "BF16")
+        return np.dtype(np.float32 if full else np.float16)
+
+
+def as_float16(values: np.ndarray, *, exactly: bool = True) -> np.ndarray:
+    """Values as float16 where that holds every one of them, or at least its size."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    fits = np.array_equal(half, values) if exactly else np.isfinite(half).all()
+    return half if fits else values
 
 
 @dataclass(frozen=True)
@@ -102,8 +115,7 @@ def open_gguf(path: Path) -> Opened:
     """
     with path.open("rb") as file:
         start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not the model; run 'git lfs pull'")
+    refuse_other_content(path, start)
     if not start.startswith(b"GGUF"):
         raise UserError(f"{path} is not a GGUF file; download it again")
     try:
@@ -168,7 +180,9 @@ def _config(
             raise UserError(f"{path} lacks {architecture}.{key}; download it again")
         return value
 
-    get("vocab_size")
+    # Said elsewhere too, or of no effect.
+    for key in ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned"):
+        get(key)
     embedding = shapes.get("token_embd.weight")
     if embedding is None:
         raise UserError(f"{path} lacks token_embd.weight; download it again")
@@ -222,7 +236,12 @@ def _config(
         config["sliding_window"] = window
         for key in ("attention_bias", "mlp_bias"):
             config.pop(key)
-    rest = [key for key in fields if key.startswith(architecture + ".") and key not in read]
+    # Zero and false say that something is off.
+    rest = [
+        key
+        for key, value in fields.items()
+        if key.startswith(architecture + ".") and key not in read and value
+    ]
     if rest:
         raise UserError(
             f"{path} has metadata that are not honoured and may change the model: "
@@ -238,8 +257,6 @@ def _rope_scaling(
     kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor")
     original = get("rope.scaling.original_context_length")
     attention_factor = get("rope.scaling.attn_factor")
-    finetuned = get("rope.scaling.finetuned")
-    del finetuned
     if factor is None:
         factor = get("rope.scale_linear")
         kind = "linear" if factor not in (None, 1.0) else kind

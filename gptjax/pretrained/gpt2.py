@@ -3,7 +3,6 @@
 from typing import Any
 
 from gptjax.config import ModelConfig
-from gptjax.errors import UserError
 from gptjax.pretrained.family import ACTIVATION_NAMES, ConfigReader, Family
 from gptjax.pretrained.mapping import Weight, weight
 
@@ -11,23 +10,21 @@ from gptjax.pretrained.mapping import Weight, weight
 def _read(values: ConfigReader) -> ModelConfig:
     values.only("add_cross_attention", False)
     width = values.size("n_embd")
-    context = values.get("n_positions", values.get("n_ctx"))
-    if context is None:
-        raise UserError("config.json lacks n_positions, the context length")
+    context = values.size("n_positions", values.get("n_ctx"))
     values.only("n_ctx", context)
-    scaled = values.get("scale_attn_weights", True)
+    scaled = values.flag("scale_attn_weights", True)
     return ModelConfig(
         vocab_size=values.size("vocab_size"),
         context_length=context,
         num_layers=values.size("n_layer"),
         embed_dim=width,
         num_heads=values.size("n_head"),
-        mlp_dim=values.get("n_inner"),
+        mlp_dim=values.size("n_inner", 4 * width),
         activation=values.activation("activation_function", "gelu_new"),
-        norm_eps=values.get("layer_norm_epsilon", 1e-5),
+        norm_eps=values.number("layer_norm_epsilon", 1e-5),
         attention_scale=None if scaled else 1.0,
-        inverse_layer_scale=values.get("scale_attn_by_inverse_layer_idx", False),
-        tie_embeddings=values.get("tie_word_embeddings", True),
+        inverse_layer_scale=values.flag("scale_attn_by_inverse_layer_idx", False),
+        tie_embeddings=values.flag("tie_word_embeddings", True),
     )
 
 

@@ -9,7 +9,7 @@ from gptjax.pretrained.mapping import Weight, weight
 
 def _read(values: ConfigReader) -> ModelConfig:
     context = values.size("max_position_embeddings")
-    bias = values.get("attention_bias", True)
+    bias = values.flag("attention_bias", True)
     return ModelConfig(
         vocab_size=values.size("vocab_size"),
         context_length=context,
@@ -19,11 +19,11 @@ def _read(values: ConfigReader) -> ModelConfig:
         mlp_dim=values.size("intermediate_size"),
         position="rope",
         activation=values.activation("hidden_act", "gelu"),
-        norm_eps=values.get("layer_norm_eps", 1e-5),
+        norm_eps=values.number("layer_norm_eps", 1e-5),
         qkv_bias=bias,
         out_bias=bias,
-        parallel_blocks=values.get("use_parallel_residual", True),
-        tie_embeddings=values.get("tie_word_embeddings", False),
+        parallel_blocks=values.flag("use_parallel_residual", True),
+        tie_embeddings=values.flag("tie_word_embeddings", False),
         **values.rope(
             context, base_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25
         ),

@@ -31,7 +31,11 @@ def find(name: str | Path, revision: str | None = None) -> Path:
         return _smollm2()
     text = str(name)
     # A path that does not exist, unless it can be a repository's name; "runs/x" is likelier a path.
-    if not _REPOSITORY.fullmatch(text) or text.startswith(("runs/", "./", "../", "~")):
+    if (
+        not _REPOSITORY.fullmatch(text)
+        or text.startswith(("runs/", "./", "../", "~"))
+        or (text.endswith((".gguf", ".safetensors", ".bin", ".json")))
+    ):
         raise UserError(
             f"{text} does not exist; give a run folder such as runs/quickstart, a folder in "
             "Hugging Face's layout, a .gguf file, or a hub name such as openai-community/gpt2"
@@ -56,7 +60,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import errors
 
     try:
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES)
         )
     except errors.GatedRepoError as error:
@@ -75,9 +79,46 @@ def _snapshot(name: str, revision: str | None) -> Path:
         )
     except errors.HFValidationError as error:
         raise UserError(f"{name} does not exist, and is no name on the hub ({error})") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise UserError(
             f"{name} does not exist here, is not in the Hugging Face cache, and the hub cannot be "
             "reached; give a path, or download it once where there is a network: "
             f"hf download {name}"
         ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} could not be downloaded: {first}") from error
+    if not any(folder.glob("*.safetensors")):
+        _explain(name, revision, folder)
+    return folder
+
+
+def _explain(name: str, revision: str | None, folder: Path) -> None:
+    """Says what a repository without safetensors files holds instead.
+
+    Raises:
+        UserError: always.
+    """
+    import huggingface_hub
+
+    try:
+        files = huggingface_hub.list_repo_files(name, revision=revision)
+    except Exception:  # Offline; what is in the cache says enough.
+        files = [path.name for path in folder.iterdir()]
+    gguf = [file for file in files if file.endswith(".gguf")]
+    pickled = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
+    if "adapter_config.json" in files:
+        raise UserError(f"{name} holds an adapter, not a model; give the model that it adapts")
+    if gguf:
+        raise UserError(
+            f"{name} holds GGUF files ({', '.join(gguf[:5])}); download one, hf download {name} "
+            f"{gguf[0]}, and give its path"
+        )
+    if pickled:
+        raise UserError(
+            f"{name} holds pickled weights alone ({', '.join(pickled[:5])}), and reading a pickle "
+            "runs the code in it: not read. If you trust their origin, convert them where PyTorch "
+            'and transformers are installed: python -c "from transformers import '
+            f"AutoModelForCausalLM as M; M.from_pretrained({name!r}).save_pretrained('converted')\""
+        )
+    raise UserError(f"{name} holds no safetensors files; is it a model for text generation?")

@@ -1,5 +1,6 @@
 """Models in Hugging Face's layout: config.json, safetensors files, a tokenizer."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,19 +15,21 @@ from jax.sharding import Mesh
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError, nearest
 from gptjax.model import Model
-from gptjax.params import Params
 from gptjax.pretrained.families import family_of, read_config
 from gptjax.pretrained.family import Family, canonical
+from gptjax.pretrained.json_files import read_json
 from gptjax.pretrained.mapping import (
     Tensor,
+    Weight,
     by_layer,
     check_tensors,
     export_tensors,
     file_shape,
     import_params,
 )
-from gptjax.pretrained.safetensors_files import open_directory, read_json, write_directory
+from gptjax.pretrained.safetensors_files import open_directory, write_directory
 from gptjax.pretrained.tokenizer_files import read_tokenizer, write_tokenizer
+from gptjax.tokenizer import Tokenizer
 
 _EXPORT_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -41,7 +44,9 @@ def is_directory(path: Path) -> bool:
     return config.is_file() and "model_type" in read_json(config)
 
 
-def load_directory(directory: Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Model:
+def load_directory(
+    directory: Path, mesh: Mesh | None = None, dtype: Any = jnp.float32, tokenizer: bool = True
+) -> Model:
     """Loads a model, everything checked before anything is allocated.
 
     Raises:
@@ -51,26 +56,35 @@ def load_directory(directory: Path, mesh: Mesh | None = None, dtype: Any = jnp.f
     family, config = read_config(values, str(directory / "config.json"))
     generation_path = directory / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
-    tensors = open_directory(directory)
-    tokenizer = read_tokenizer(directory)
+    tensors = named_tensors(family, config, open_directory(directory), str(directory))
+    found = read_own_tokenizer(directory) if tokenizer else None
+    entries = family.weights(config)
     return Model(
         config,
-        assemble(family, config, tensors, str(directory), mesh, dtype),
-        tokenizer,
+        import_params(tensors, entries, config, mesh, dtype),
+        found,
         generation,
         values,
+        {name: np.dtype(tensor.dtype).name for name, tensor in tensors.items()},
     )
 
 
-def assemble(
-    family: Family,
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    where: str,
-    mesh: Mesh | None,
-    dtype: Any = jnp.float32,
-) -> Params:
-    """The parameters of a model from its family's tensors.
+def read_own_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a folder.
+
+    Raises:
+        UserError: if it cannot be read; says how to do without.
+    """
+    try:
+        return read_tokenizer(directory)
+    except UserError as error:
+        raise UserError(f"{error}; load(..., tokenizer=False) loads the weights alone") from error
+
+
+def named_tensors(
+    family: Family, config: ModelConfig, tensors: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """The tensors of a model by its family's names, checked.
 
     Raises:
         UserError: if they are not the model's.
@@ -86,7 +100,7 @@ def assemble(
     if config.tie_embeddings:
         _drop_tied_head(family, config, named, where)
     check_tensors(named, entries, config, where)
-    return import_params(named, entries, config, mesh, dtype)
+    return named
 
 
 def _drop_tied_head(
@@ -129,13 +143,14 @@ def save_pretrained(
     The folder gets config.json, generation_config.json, safetensors files and the tokenizer's
     files. A model that was loaded from this layout is written with the config.json that it came
     with and gives the same tensors bit for bit; another, such as a trained one, is written in the
-    first family that has all that it has: GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2 or 3.
+    first family that has all that it has: GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2 or 3. Weights
+    that were changed since they were loaded, by training, are written as float32, unless the
+    dtypes that they came in hold them exactly.
 
     Args:
         model: the model.
         directory: a folder, made where it is missing. Weights that it holds are replaced.
-        dtype: "float32", "float16" or "bfloat16"; None is the dtype that the model came in, or
-            that of its parameters.
+        dtype: "float32", "float16" or "bfloat16" for all tensors; None loses nothing.
         max_shard_size: the most that one file holds, such as "500MB".
 
     Raises:
@@ -145,46 +160,49 @@ def save_pretrained(
     directory = Path(directory).expanduser()
     family = family_of(model.config, model.source.get("model_type"))
     config = model.config
-    name = dtype or _source_dtype(model)
-    if name not in _EXPORT_DTYPES:
-        raise UserError(f"dtype is {name!r}{nearest(str(name), _EXPORT_DTYPES)}")
+    if dtype is not None and dtype not in _EXPORT_DTYPES:
+        raise UserError(f"dtype is {dtype!r}{nearest(str(dtype), _EXPORT_DTYPES)}")
     shard_bytes = _bytes(max_shard_size)
-    numbers = _EXPORT_DTYPES[name]
     entries = family.weights(config)
+    dtypes = _tensor_dtypes(model, entries, dtype)
     shapes = {
-        tensor: (file_shape(entry, config), numbers)
+        tensor: (file_shape(entry, config), dtypes[tensor])
         for tensor, entry, _ in by_layer(entries, config)
     }
     directory.mkdir(parents=True, exist_ok=True)
-    write_directory(
-        directory, export_tensors(model.params, entries, config, numbers), shapes, shard_bytes
-    )
+    write_directory(directory, export_tensors(model.params, entries, config), shapes, shard_bytes)
+    own = {"architectures": [family.architecture], "model_type": family.model_type}
+    name = next(iter(dtypes.values())).name
     ids = _special_ids(model)
-    values = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "dtype": name,
-        **ids,
-        **family.write(config),
-    }
+    values = own | {"dtype": name} | ids | family.write(config)
     if model.source.get("model_type") == family.model_type:
         _, source = read_config(model.source, "config.json")
         if canonical(source) == canonical(config):
-            dtype_key = "torch_dtype" if "torch_dtype" in model.source else "dtype"
-            values = model.source | {dtype_key: name}
+            values = own | model.source
+            if {tensor: own.name for tensor, own in dtypes.items()} != model.dtypes:
+                values.pop("torch_dtype", None)
+                values["dtype"] = name
     _write_json(directory / "config.json", values)
     _write_json(directory / "generation_config.json", ids | model.generation)
     if model.tokenizer is not None:
         write_tokenizer(model.tokenizer, directory)
 
 
-def _source_dtype(model: Model) -> str:
-    dtype = jax.tree.leaves(model.params)[0].dtype.name
-    if dtype != "float32":
-        return dtype
-    # Float32 holds every value of the smaller ones, so that these come out as they came in.
-    given = model.source.get("dtype") or model.source.get("torch_dtype") or dtype
-    return str(given).removeprefix("torch.")
+def _tensor_dtypes(model: Model, entries: list[Weight], dtype: str | None) -> dict[str, np.dtype]:
+    """The dtype of each tensor in the file."""
+    names = [name for name, _, _ in by_layer(entries, model.config)]
+    if dtype is not None:
+        return {name: _EXPORT_DTYPES[dtype] for name in names}
+    own = jax.tree.leaves(model.params)[0].dtype
+    if set(names) != set(model.dtypes) or not set(model.dtypes.values()) <= set(_EXPORT_DTYPES):
+        return {name: own for name in names}
+    came_in = {name: _EXPORT_DTYPES[model.dtypes[name]] for name in names}
+    for name, values in export_tensors(model.params, entries, model.config):
+        with np.errstate(over="ignore"):
+            narrow = values.astype(came_in[name])
+        if not np.array_equal(narrow.astype(values.dtype), values, equal_nan=True):
+            return {name: own for name in names}
+    return came_in
 
 
 def _special_ids(model: Model) -> dict[str, Any]:
@@ -199,11 +217,11 @@ def _bytes(size: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", size.strip(), re.IGNORECASE)
     if match is None:
         raise UserError(f"max_shard_size is {size!r}; a number with KB, MB, GB or TB")
+    if float(match[1]) == 0:
+        raise UserError(f"max_shard_size is {size!r}; above 0")
     power = "KMGT".find(match[2].upper()) + 1 if match[2] else 0
     return max(1, int(float(match[1]) * 1000**power))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    import json
-
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

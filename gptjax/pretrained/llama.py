@@ -11,22 +11,24 @@ def read_common(values: ConfigReader) -> dict[str, Any]:
     """The fields of `ModelConfig` that Llama and the families after it share."""
     context = values.size("max_position_embeddings")
     heads = values.size("num_attention_heads")
+    # transformers' Llama turns whole heads whatever this says.
+    values.only("partial_rotary_factor", 1, 1.0)
     return {
         "vocab_size": values.size("vocab_size"),
         "context_length": context,
         "num_layers": values.size("num_hidden_layers"),
         "embed_dim": values.size("hidden_size"),
         "num_heads": heads,
-        "num_kv_heads": values.get("num_key_value_heads", heads),
-        "head_dim": values.get("head_dim"),
+        "num_kv_heads": values.size("num_key_value_heads", heads),
+        "head_dim": values.size("head_dim") if values.get("head_dim") is not None else None,
         "mlp_dim": values.size("intermediate_size"),
         "position": "rope",
         "norm": "rmsnorm",
-        "norm_eps": values.get("rms_norm_eps", 1e-6),
+        "norm_eps": values.number("rms_norm_eps", 1e-6),
         "activation": values.activation("hidden_act", "silu"),
         "gated_mlp": True,
         "use_bias": False,
-        "tie_embeddings": values.get("tie_word_embeddings", False),
+        "tie_embeddings": values.flag("tie_word_embeddings", False),
     } | values.rope(context)
 
 
@@ -90,14 +92,12 @@ def weights(config: ModelConfig) -> list[Weight]:
 
 
 def _read(values: ConfigReader) -> ModelConfig:
-    # Splits products over so many parts, with the same result but for rounding.
-    values.only("pretraining_tp", 1)
-    bias = values.get("attention_bias", False)
+    bias = values.flag("attention_bias", False)
     return ModelConfig(
         **read_common(values),
         qkv_bias=bias,
         out_bias=bias,
-        mlp_bias=values.get("mlp_bias", False),
+        mlp_bias=values.flag("mlp_bias", False),
     )
 
 

@@ -1,5 +1,6 @@
 """One function that opens whatever holds a model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import Model
 from gptjax.params import abstract_params
-from gptjax.tokenizer import tokenizer_from_dict
+from gptjax.tokenizer import BPETokenizer, tokenizer_from_dict
 
 
 def load(
@@ -21,6 +22,8 @@ def load(
     *,
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    tokenizer: bool = True,
+    cache: bool = True,
 ) -> Model:
     """Loads a model with its tokenizer.
 
@@ -39,6 +42,8 @@ def load(
         revision: a branch, tag or commit of the hub's repository; None is its main branch.
         dtype: of the parameters. Float32 is what training needs; "bfloat16" halves the memory of
             a model that only generates.
+        tokenizer: False loads the weights alone, where a tokenizer cannot be read.
+        cache: whether what is dequantized from a .gguf file is kept and read again.
 
     Returns:
         The model; its tokenizer is None where none came along. Dropout is 0: set it by
@@ -57,13 +62,22 @@ def load(
     path = hub.find(name, revision)
     if path.is_file():
         safetensors_files.refuse_pickle(path)
-        if path.suffix == ".gguf":
-            return _checked(_load_gguf(path, mesh, jnp.dtype(dtype)), path)
+        if path.suffix.lower() == ".gguf":
+            model = _load_gguf(path, mesh, jnp.dtype(dtype), cache)
+            return _checked(model, path) if tokenizer else replace(model, tokenizer=None)
         if path.suffix == ".safetensors":
             raise UserError(f"{path} holds weights alone; give its folder, with config.json")
         raise UserError(f"{path} is no folder of a model and no .gguf file")
     if huggingface.is_directory(path):
-        return _checked(huggingface.load_directory(path, mesh, jnp.dtype(dtype)), path)
+        return _checked(huggingface.load_directory(path, mesh, jnp.dtype(dtype), tokenizer), path)
+    files = sorted(path.glob("*.gguf"))
+    if files and not (path / "checkpoints").exists():
+        if len(files) > 1:
+            raise UserError(
+                f"{path} holds several models: {', '.join(file.name for file in files)}; give the "
+                "path of one"
+            )
+        return load(files[0], mesh, dtype=dtype, tokenizer=tokenizer, cache=cache)
     return _load_checkpoint(path, mesh, jnp.dtype(dtype))
 
 
@@ -76,7 +90,8 @@ def _checked(model: Model, path: Path) -> Model:
     tokenizer = model.tokenizer
     if tokenizer is not None:
         # Tokens added later (a padding token without a row) do no harm unless they are used.
-        size = getattr(tokenizer, "base_vocab_size", tokenizer.vocab_size)
+        is_bpe = isinstance(tokenizer, BPETokenizer)
+        size = tokenizer.base_vocab_size if is_bpe else tokenizer.vocab_size
         if size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer in {path} has {size} tokens and the model a vocabulary of "
@@ -85,20 +100,23 @@ def _checked(model: Model, path: Path) -> Model:
     return model
 
 
-def _load_gguf(path: Path, mesh: Mesh | None, dtype: Any) -> Model:
+def _load_gguf(path: Path, mesh: Mesh | None, dtype: Any, cache: bool) -> Model:
     from gptjax.pretrained.conversions import keep_conversion, read_conversion
     from gptjax.pretrained.families import read_config
     from gptjax.pretrained.gguf_files import open_gguf
-    from gptjax.pretrained.huggingface import assemble
+    from gptjax.pretrained.huggingface import named_tensors
+    from gptjax.pretrained.mapping import import_params
 
-    kept = read_conversion(path, mesh, dtype)
+    kept = read_conversion(path, mesh, dtype) if cache else None
     if kept is not None:
         return kept
     opened = open_gguf(path)
     family, config = read_config(opened.config, str(path))
-    params = assemble(family, config, opened.tensors, str(path), mesh, dtype)
-    model = Model(config, params, opened.tokenizer, opened.generation, opened.config)
-    if dtype == jnp.float32 and mesh is None:
+    tensors = named_tensors(family, config, opened.tensors, str(path))
+    params = import_params(tensors, family.weights(config), config, mesh, dtype)
+    dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
+    model = Model(config, params, opened.tokenizer, opened.generation, opened.config, dtypes)
+    if cache and dtype == jnp.float32 and mesh is None:
         keep_conversion(path, model)
     return model
 

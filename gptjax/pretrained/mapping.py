@@ -25,6 +25,11 @@ class Tensor(Protocol):
         """Its dimensions."""
         ...
 
+    @property
+    def dtype(self) -> Any:
+        """NumPy's, or the file's own name of one that weights are not in."""
+        ...
+
     def read(self) -> np.ndarray:
         """Its values: a view of the mapped file where the file holds them as they are."""
         ...
@@ -122,6 +127,11 @@ def check_tensors(
         for name, shape in expected.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
+    faults += [
+        f"{name} is of dtype {tensors[name].dtype}, which is quantized or no weight"
+        for name in expected
+        if name in tensors and isinstance(tensors[name].dtype, str)
+    ]
     faults += [f"unknown {name} {list(tensors[name].shape)}" for name in tensors.keys() - expected]
     if faults:
         shown = "; ".join(sorted(faults)[:20])
@@ -159,7 +169,7 @@ def import_params(
 
 
 def export_tensors(
-    params: Params, entries: Sequence[Weight], config: ModelConfig, dtype: Any
+    params: Params, entries: Sequence[Weight], config: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a file, one at a time: the inverse of `import_params`."""
     leaves = flat(params)
@@ -168,7 +178,7 @@ def export_tensors(
         values = [
             np.asarray(leaves[path][layer] if stacked else leaves[path]) for path in entry.params
         ]
-        yield name, joined(entry, values, config).astype(dtype)
+        yield name, joined(entry, values, config)
 
 
 # Cached, so that parameters of one shape share a compiled program.

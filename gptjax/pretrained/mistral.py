@@ -11,7 +11,7 @@ def _read(values: ConfigReader) -> ModelConfig:
     fields = llama.read_common(values)
     return ModelConfig(
         **fields,
-        sliding_window=values.get("sliding_window"),
+        sliding_window=values.size("sliding_window") if values.get("sliding_window") else None,
         windowed_layers=values.windowed_layers(fields["num_layers"]),
     )
 

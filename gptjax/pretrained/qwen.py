@@ -10,12 +10,13 @@ from gptjax.pretrained.family import ConfigReader, Family
 def _read_common(values: ConfigReader) -> dict[str, Any]:
     fields = llama.read_common(values)
     layers = fields["num_layers"]
-    window = values.get("sliding_window") if values.get("use_sliding_window", False) else None
+    # Published files give a window and leave it off.
+    given, first = values.get("sliding_window"), values.get("max_window_layers", 28)
     windowed = values.windowed_layers(layers)
     if windowed is None:
-        windowed = tuple(range(values.get("max_window_layers", 28), layers))
-    if window is not None and windowed:
-        fields |= {"sliding_window": window, "windowed_layers": windowed}
+        windowed = tuple(range(first, layers))
+    if values.flag("use_sliding_window", False) and given is not None and windowed:
+        return fields | {"sliding_window": given, "windowed_layers": windowed}
     return fields
 
 
@@ -38,7 +39,7 @@ def _read_qwen2(values: ConfigReader) -> ModelConfig:
 
 
 def _read_qwen3(values: ConfigReader) -> ModelConfig:
-    bias = values.get("attention_bias", False)
+    bias = values.flag("attention_bias", False)
     return ModelConfig(**_read_common(values), qk_norm=True, qkv_bias=bias, out_bias=bias)
 
 

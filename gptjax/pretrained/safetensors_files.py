@@ -1,5 +1,6 @@
 """Weights in safetensors files: opened as mapped memory, checked before anything is read."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.errors import UserError
+from gptjax.pretrained.json_files import read_json, refuse_other_content
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -144,7 +146,9 @@ def open_file(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(512)
-        _refuse_other_content(path, start)
+        refuse_other_content(path, start)
+        if start.startswith(b"PK\x03\x04"):  # What torch.save writes, under another name.
+            raise UserError(_pickle_message(path.parent, path.name))
         length = int.from_bytes(start[:8], "little")
         if size >= 8 and length > _LONGEST_HEADER:
             raise UserError(_foreign(path))
@@ -178,19 +182,6 @@ def open_file(path: Path) -> dict[str, Any]:
     return tensors
 
 
-def _refuse_other_content(path: Path, start: bytes) -> None:
-    text = start.lstrip().lower()
-    if text.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' in its folder, or "
-            "download the file itself"
-        )
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{path} is a web page, not weights; download the file itself")
-    if start.startswith(b"PK\x03\x04"):  # What torch.save writes, under another name.
-        raise UserError(_pickle_message(path.parent, path.name))
-
-
 def _incomplete(path: Path, size: int, end: int | None = None) -> str:
     of = "" if end is None else f" of {end}"
     return f"{path} is incomplete ({size}{of} bytes); download it again"
@@ -211,7 +202,7 @@ def write_directory(
     Args:
         directory: an existing folder.
         tensors: names and values, in the order of `shapes`; held for one shard at a time.
-        shapes: shape and dtype of every tensor.
+        shapes: shape and dtype of every tensor, which the values are cast to.
         max_shard_bytes: the most that one file holds (a single larger tensor has one to itself).
     """
     import safetensors.numpy
@@ -231,7 +222,8 @@ def write_directory(
         names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     stream = iter(tensors)
     for file, held in zip(names, shards, strict=True):
-        values = dict(next(stream) for _ in held)
+        own = itertools.islice(stream, len(held))
+        values = {name: array.astype(shapes[name][1]) for name, array in own}
         unfinished = directory / (file + ".new")
         safetensors.numpy.save_file(values, unfinished, metadata={"format": "pt"})
         os.replace(unfinished, directory / file)
@@ -245,18 +237,3 @@ def write_directory(
         weight_map = {name: file for file, held in zip(names, shards, strict=True) for name in held}
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
         index.write_text(text + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        UserError: if it does not.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object; download it again")
-    return values

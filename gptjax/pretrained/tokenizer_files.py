@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptjax.errors import UserError, nearest
+from gptjax.pretrained.json_files import read_json, refuse_other_content
 from gptjax.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
@@ -160,6 +161,9 @@ def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
     """
     directory = Path(directory)
     library = _library_of(tokenizer)
+    # Of a tokenizer that the folder held before; it would be read with this one.
+    for name in ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json"):
+        (directory / name).unlink(missing_ok=True)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -302,6 +306,8 @@ def _gguf_list(values: dict[str, Any], name: str) -> list[Any]:
 def _from_json(path: Path) -> "tokenizers.Tokenizer":
     import tokenizers
 
+    with path.open("rb") as file:
+        refuse_other_content(path, file.read(512))
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises bare Exception.
@@ -556,20 +562,15 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+def _content(token: Any) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    if content is not None and not isinstance(content, str):
+        raise UserError(f"tokenizer_config.json names {token!r} as a token; tokens are strings")
+    return content
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON ({error}): repair or remove it") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} holds no JSON object: repair or remove it")
-    return values
+    return read_json(path) if path.is_file() else {}
 
 
 def _first_line(error: Exception) -> str:
