@@ -7,11 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_models import GPT2, STYLES, random_params
+from test_sampling import adjusted
 
 from gptjax import generation
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.generation import DecodeState, decode_step, generate, init_cache, prefill
+from gptjax.generation import (
+    DecodeState,
+    decode_step,
+    generate,
+    generate_continuations,
+    init_cache,
+    prefill,
+    stream,
+)
 from gptjax.model import forward, unstack_blocks
 from gptjax.params import Params
 from gptjax.sampling import Sampling
@@ -220,3 +229,118 @@ def test_no_rank_is_promoted(config: ModelConfig, rng: np.random.Generator) -> N
     with jax.numpy_rank_promotion("raise"):
         generate(params, [[1, 2, 3], [4]], config, sampling)
         generate(params, [[1, 2, 3], [4]], config, Sampling(max_new_tokens=3, temperature=0))
+
+
+def test_penalties_look_at_prompt_and_continuation(rng: np.random.Generator) -> None:
+    """Greedy decoding with penalties against the full forward, token by token."""
+    params = random_params(GPT2, rng)
+    sampling = Sampling(
+        max_new_tokens=9,
+        temperature=0,
+        repetition_penalty=1.4,
+        frequency_penalty=0.7,
+        presence_penalty=0.3,
+        banned=(5,),
+        logit_bias={2: 0.5},
+    )
+    for prompt in random_prompts(rng, (1, 6)):
+        tokens: list[int] = []
+        for _ in range(sampling.max_new_tokens):
+            padded = np.zeros((1, GPT2.context_length), np.int32)
+            seen = prompt + tokens
+            padded[0, : len(seen)] = seen
+            logits = np.asarray(run(params, padded, GPT2))[0, len(seen) - 1]
+            tokens.append(int(adjusted(logits, prompt, tokens, sampling).argmax()))
+        assert generate(params, [prompt], GPT2, sampling) == [tokens]
+        assert list(stream(params, prompt, GPT2, sampling)) == tokens
+
+
+def test_samples_of_a_prompt(rng: np.random.Generator) -> None:
+    params = random_params(GPT2, rng)
+    prompts = random_prompts(rng, (2, 5, 3))
+    sampling = Sampling(max_new_tokens=6, num_samples=4, seeds=(1, 2, 3))
+    rows = generate(params, prompts, GPT2, sampling)
+    assert len(rows) == 12
+    assert len({tuple(row) for row in rows}) > 8
+    for place, prompt in enumerate(prompts):
+        one = sampling.replace(seeds=(place + 1,))
+        assert generate(params, [prompt], GPT2, one) == rows[4 * place : 4 * place + 4]
+        first = one.replace(num_samples=1)
+        assert generate(params, [prompt], GPT2, first) == rows[4 * place : 4 * place + 1]
+    slid = sampling.replace(overflow="slide", max_new_tokens=3, num_samples=2, seeds=None)
+    assert len(generate(params, prompts, GPT2, slid)) == 6
+
+
+@STYLES
+def test_log_probabilities_are_the_models_own(
+    config: ModelConfig, rng: np.random.Generator
+) -> None:
+    params = random_params(config, rng)
+    prompts = random_prompts(rng, (3, 6))
+    sampling = Sampling(max_new_tokens=7, temperature=0.5, top_k=4, banned=(1,), logprobs=3)
+    found = generate_continuations(params, prompts, config, sampling)
+    for prompt, continuation in zip(prompts, found, strict=True):
+        seen = np.array([prompt + continuation.tokens])
+        logits = np.asarray(run(params, jnp.asarray(seen), config), np.float64)[0]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert continuation.finish == "length"
+        assert continuation.logprobs is not None
+        assert continuation.top_logprobs is not None
+        for place, token in enumerate(continuation.tokens):
+            row = logprobs[len(prompt) + place - 1]
+            assert continuation.logprobs[place] == pytest.approx(row[token], abs=1e-4)
+            ids, values = zip(*continuation.top_logprobs[place], strict=True)
+            assert list(ids) == np.argsort(-row)[:3].tolist()
+            np.testing.assert_allclose(values, row[list(ids)], atol=1e-4)
+    alone = generate_continuations(params, prompts, config, sampling.replace(logprobs=0))
+    assert [row.tokens for row in alone] == [row.tokens for row in found]
+    assert all(top == [] for row in alone for top in row.top_logprobs or [])
+    plain = generate_continuations(params, prompts, config, sampling.replace(logprobs=None))
+    assert plain[0].logprobs is None
+
+
+def test_how_a_row_ended(rng: np.random.Generator) -> None:
+    params = random_params(GPT2, rng)
+    [prompt] = random_prompts(rng, (4,))
+    sampling = Sampling(max_new_tokens=8, temperature=0)
+    tokens = generate(params, [prompt], GPT2, sampling)[0]
+    stop = tokens[3]
+    ended = generate_continuations(params, [prompt], GPT2, sampling.replace(stop=(stop,)))[0]
+    assert ended.finish == "stop"
+    assert ended.tokens == tokens[: tokens.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"banned": (31,)}, "token id 31"),
+        ({"logit_bias": {-1: 1.0}}, "token id -1"),
+        ({"banned": tuple(range(31))}, "whole vocabulary"),
+        ({"logprobs": 1, "overflow": "slide"}, "logprobs are not told"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(
+    rng: np.random.Generator, options: dict, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        generate(random_params(GPT2, rng), [[1]], GPT2, Sampling(max_new_tokens=2, **options))
+
+
+def test_one_compilation_a_bucket(rng: np.random.Generator) -> None:
+    """Over fifty prompts of random lengths and numbers of new tokens."""
+    config = GPT2.replace(context_length=128)
+    params = random_params(config, rng)
+    generation._generate.clear_cache()
+    buckets = set()
+    for _ in range(50):
+        length, new = int(rng.integers(1, 64)), int(rng.integers(1, 64))
+        sampling = Sampling(
+            max_new_tokens=new,
+            temperature=float(rng.uniform(0.1, 2)),
+            top_p=float(rng.uniform(0.1, 0.9)),
+            banned=tuple(rng.integers(0, 30, 3).tolist()),
+        )
+        generate(params, random_prompts(rng, (length,)), config, sampling)
+        sizes = [1 << max(4, (size - 1).bit_length()) for size in (length, length + new - 1, new)]
+        buckets.add(tuple(min(size, 128) for size in sizes))
+    assert generation._generate._cache_size() <= len(buckets)
