@@ -31,6 +31,8 @@ _HOMES = {
     "stream_text": "gptjax.text_generation",
     "FitResult": "gptjax.fitting",
     "fit": "gptjax.fitting",
+    "Score": "gptjax.scoring",
+    "score": "gptjax.scoring",
     "load": "gptjax.pretrained.loading",
     "save_pretrained": "gptjax.pretrained.huggingface",
 }
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from gptjax.pretrained.huggingface import save_pretrained
     from gptjax.pretrained.loading import load
     from gptjax.sampling import Sampling
+    from gptjax.scoring import Score, score
     from gptjax.sharding import make_mesh
     from gptjax.text_generation import generate_chat, generate_text, stream_text
     from gptjax.training import TrainState, init_state, make_train_step
@@ -58,6 +61,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "Sampling",
+    "Score",
     "TrainState",
     "UserError",
     "count_params",
@@ -76,6 +80,7 @@ __all__ = [
     "param_specs",
     "preset",
     "save_pretrained",
+    "score",
     "stream_text",
 ]
 

@@ -66,6 +66,25 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Score:
+    """Prints a text with each token's surprise as colour, to see where a model is unsure.
+
+    Attributes:
+        model: As for `gptjax generate`.
+        text: The text; "-" reads standard input.
+        file: A file of UTF-8 to read the text from.
+        html: Where to write a page that tells more of each token.
+        batch_size: The most windows of a long text that are read at once.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    text: Annotated[str, tyro.conf.Positional] = "-"
+    file: Path | None = None
+    html: Path | None = None
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
 class Convert:
     """Writes a model in Hugging Face's layout, which transformers and llama.cpp's tools open.
 
@@ -197,6 +216,43 @@ def chat(settings: Chat) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
+def score(settings: Score) -> None:
+    """Prints a text by its surprise, and writes the page that is asked for."""
+    from gptjax import scoring
+    from gptjax.pretrained.loading import load
+
+    page = None if settings.html is None else settings.html.expanduser()
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise UserError(f"cannot write {page}; give --html a file in a folder that is there")
+    text = _text_of(settings)
+    [result] = scoring.score(load(settings.model), text, batch_size=settings.batch_size)
+    scoring.print_score(result)
+    if page is not None:
+        page.write_text(
+            scoring.to_html(result, title=f"Surprise of {settings.model}"),
+            encoding="utf-8",
+            newline="\n",
+        )
+        print(f"the page is written to {page}")
+
+
+def _text_of(settings: Score) -> str:
+    """The text to score: the argument, what a file holds, or what comes by standard input."""
+    if settings.file is not None and settings.text != "-":
+        raise UserError("a text and --file are given; give one of them")
+    try:
+        if settings.file is not None:
+            text = settings.file.expanduser().read_bytes().decode("utf-8")
+        else:
+            text = sys.stdin.read() if settings.text == "-" else settings.text
+    except UnicodeDecodeError as error:
+        source = settings.file or "standard input"
+        raise UserError(f"{source} is not UTF-8 ({error}); convert it first") from error
+    if not text:
+        raise UserError("the text is empty; give one, --file, or standard input")
+    return text
+
+
 def convert(settings: Convert) -> None:
     """Loads a model and writes it."""
     from gptjax.pretrained.huggingface import save_pretrained
@@ -243,6 +299,7 @@ def doctor(settings: Doctor) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "generate": (Generate, generate, "Continue a text with a model."),
     "chat": (Chat, chat, "Talk with an instruction-tuned model."),
+    "score": (Score, score, "Show where a model is unsure of a text."),
     "convert": (Convert, convert, "Write a model in Hugging Face's layout."),
     "verify": (Verify, verify, "Check a model, also against transformers."),
     "doctor": (Doctor, doctor, "Tell versions, devices, and what is missing."),

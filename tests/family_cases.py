@@ -75,8 +75,11 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 3.0}},
     "llama-llama3": LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"rope_type": "llama3"}},
     "llama-yarn": LLAMA | {"rope_scaling": YARN | {"rope_type": "yarn"}},
+    # Heads and base at which every one of the keys makes a difference.
     "llama-yarn-all-keys": LLAMA
     | {
+        "head_dim": 16,
+        "rope_theta": 100.0,
         "rope_scaling": YARN
         | {"rope_type": "yarn", "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}
         | {"mscale": 1.2, "mscale_all_dim": 0.7}

@@ -239,3 +239,51 @@ def test_doctor(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     out = command("gptjax", "doctor")[1]
     assert out.count("JAX_PLATFORMS=cpu leaves it out") == 2
+
+
+def test_score(
+    directory: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptjax.scoring import score, to_html
+
+    text = "to be, or\n\tnot to <b>bé</b>?"
+    [result] = score(load(directory), text)
+    status, out, error = command("gptjax", "score", directory, text)
+    assert (status, error) == (0, "")
+    assert out.startswith(text + "\n")
+    assert f"{len(result.tokens)} tokens, perplexity {result.perplexity:.4g}" in out
+    # The same from a file and from standard input, and with a page.
+    page, file = tmp_path / "page.html", tmp_path / "text.txt"
+    file.write_bytes(text.encode())
+    flags = ("--file", file, "--html", page)
+    assert command("gptjax", "score", directory, *flags) == (
+        0,
+        f"{out}the page is written to {page}\n",
+        "",
+    )
+    assert page.read_bytes().decode() == to_html(result, title=f"Surprise of {directory}")
+    for arguments in ((), ("-",)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert command("gptjax", "score", directory, *arguments) == (0, out, "")
+    # Longer than the model's context of 128.
+    assert command("gptjax", "score", directory, text * 20, "--batch-size", 2)[0] == 0
+
+
+def test_score_refuses(
+    directory: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object) -> str:
+        status, out, error = command("gptjax", "score", directory, *arguments)
+        assert (status, out) == (2, "")
+        return error
+
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xff\xfe")
+    assert "is not UTF-8" in refused("--file", file)
+    assert "give one of them" in refused("to be", "--file", file)
+    assert "No such file" in refused("--file", tmp_path / "missing.txt")
+    assert "cannot write" in refused("to be", "--html", tmp_path / "missing" / "page.html")
+    assert "cannot write" in refused("to be", "--html", tmp_path)
+    assert "batch_size is 0" in refused("to be", "--batch-size", 0)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "the text is empty" in refused()

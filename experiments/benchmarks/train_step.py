@@ -12,9 +12,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
-import os
-import platform
 import runpy
 import statistics
 import sys
@@ -25,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import in_own_process, machine
 
 from gptjax.command_line import configure_jax, parse_flags, run_command
 from gptjax.errors import UserError
@@ -32,7 +30,6 @@ from gptjax.experiment import Experiment, replicas
 
 GPTJAX, NANOGPT, MODERN = "gptjax", "nanoGPT", "gptjax, modern recipe with Muon"
 BATCHES = 16
-MEASUREMENT_SECONDS = 600
 
 Step = Callable[[int], float]
 """Makes a step and returns its loss, given the step's number."""
@@ -179,25 +176,6 @@ def measure(make_step: MakeStep, experiment: Experiment, settings: Settings) -> 
         if not np.isfinite(loss):
             raise RuntimeError(f"the loss of step {number} is {loss}")
     return milliseconds[settings.warmup :]
-
-
-def in_own_process(function: Callable[..., list[float]], *args: object) -> list[float]:
-    """Calls a function where no other library's threads are."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply_async(function, args).get(timeout=MEASUREMENT_SECONDS)
-
-
-def machine() -> dict[str, Any]:
-    """The CPU, its cores and the versions that a step's time depends on."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        cpu = models[0] if models else cpu
-    packages = [name for name in ("jax", "torch") if importlib.util.find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
 
 
 def summarize(turns: list[dict[str, list[float]]]) -> dict[str, Any]:

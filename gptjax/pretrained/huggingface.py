@@ -31,7 +31,7 @@ from gptjax.pretrained.safetensors_files import open_directory, write_directory
 from gptjax.pretrained.tokenizer_files import read_tokenizer, write_tokenizer
 from gptjax.tokenizer import Tokenizer
 
-_EXPORT_DTYPES = {
+_EXPORT_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -192,16 +192,16 @@ def _tensor_dtypes(model: Model, entries: list[Weight], dtype: str | None) -> di
     """The dtype of each tensor in the file."""
     names = [name for name, _, _ in by_layer(entries, model.config)]
     if dtype is not None:
-        return {name: _EXPORT_DTYPES[dtype] for name in names}
+        return dict.fromkeys(names, _EXPORT_DTYPES[dtype])
     own = jax.tree.leaves(model.params)[0].dtype
     if set(names) != set(model.dtypes) or not set(model.dtypes.values()) <= set(_EXPORT_DTYPES):
-        return {name: own for name in names}
+        return dict.fromkeys(names, own)
     came_in = {name: _EXPORT_DTYPES[model.dtypes[name]] for name in names}
     for name, values in export_tensors(model.params, entries, model.config):
         with np.errstate(over="ignore"):
             narrow = values.astype(came_in[name])
         if not np.array_equal(narrow.astype(values.dtype), values, equal_nan=True):
-            return {name: own for name in names}
+            return dict.fromkeys(names, own)
     return came_in
 
 

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import ml_dtypes
@@ -112,8 +112,9 @@ def _open_indexed(directory: Path, index: Path) -> dict[str, Any]:
     shards = sorted(set(map(str, weight_map.values())))
     for name in shards:
         # By its name alone: in a hub's cache the file itself is a link to elsewhere, and rightly.
-        path, other = PurePosixPath(name), PureWindowsPath(name)
-        if path.is_absolute() or other.drive or other.root or ".." in (*path.parts, *other.parts):
+        # Windows' rules take both kinds of slashes, and so are the stricter ones everywhere.
+        path = PureWindowsPath(name)
+        if path.drive or path.root or ".." in path.parts:
             raise UserError(f"{index} names {name!r}, outside its directory: not read")
     missing = [name for name in shards if not (directory / name).is_file()]
     if missing:

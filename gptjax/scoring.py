@@ -1,0 +1,437 @@
+"""How sure a model is of each token of a text: in numbers, on the terminal, and as a page of HTML.
+
+B rows, T tokens, N tokens of all rows, n of one block, V vocabulary, D model width.
+"""
+
+import html
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+from gptjax.loss import LOGITS_AT_ONCE
+from gptjax.model import Model, hidden_states, unembed
+from gptjax.params import Params
+from gptjax.text_generation import prompt_ids
+from gptjax.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+# Surprise in bits: below the first there is no colour, from the second on the strongest.
+_FIRST_SHADE, _LAST_SHADE = 1.0, 12.0
+# Red, green and blue of the two ends. Black letters have a contrast of 6 or more on all between.
+_PALE, _STRONG = (255, 236, 214), (255, 64, 48)
+_LEGEND = (0, 2, 4, 6, 8, 10, 12)
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What a model makes of each token of a text. All have one entry a token.
+
+    Attributes:
+        tokens: `[N]` int32, the ids of the text, without what the tokenizer puts before it.
+        pieces: the text of each token. Joined they are the text, where the tokenizer gives it back
+            at all (one that normalizes may not). A character that several tokens make is in the
+            last one's piece.
+        logprobs: `[N]` float32, the natural logarithm of each token's probability given all before
+            it, in nats. NaN for a first token that nothing comes before.
+        entropies: `[N]` float32, in nats, of the distribution that the token is taken from. NaN
+            where `logprobs` is.
+        ranks: `[N]` int32, how many tokens of the vocabulary were strictly likelier: 0 is the
+            likeliest. -1 where `logprobs` is NaN.
+    """
+
+    tokens: np.ndarray
+    pieces: tuple[str, ...]
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    ranks: np.ndarray
+
+    @property
+    def text(self) -> str:
+        """The pieces joined."""
+        return "".join(self.pieces)
+
+    @property
+    def bits(self) -> np.ndarray:
+        """The surprise of each token, `[N]` float64: -log₂ of its probability."""
+        return -self.logprobs.astype(np.float64) / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """`exp` of the mean surprise in nats, of the tokens that are predicted; NaN without any."""
+        predicted = self.logprobs[self.ranks >= 0].astype(np.float64)
+        if not len(predicted):
+            return math.nan
+        with np.errstate(over="ignore"):
+            return float(np.exp(-predicted.mean()))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Surprise in bits for each byte of UTF-8, which compares models of any tokenizers.
+
+        Of the tokens that are predicted; NaN where they spell nothing.
+        """
+        predicted = self.ranks >= 0
+        pieces = [piece for piece, known in zip(self.pieces, predicted, strict=True) if known]
+        size = len("".join(pieces).encode("utf-8"))
+        return float(self.bits[predicted].sum()) / size if size else math.nan
+
+
+def score(model: Model, texts: str | Sequence[str], *, batch_size: int = 8) -> list[Score]:
+    """Probability, entropy and rank of every token of texts.
+
+    A text is read after what it would be continued after: what the tokenizer puts before every
+    text, else the token that begins a text or ends one (`prompt_ids`). Where there is neither, the
+    first token has no prediction.
+
+    One that is longer than the model's context is read in windows of the context's length, each
+    half a context after the one before. A token is scored once, in the first window that has it: by
+    all before it in the first, and by at least half a context in the others. What comes before
+    every text is in the first window only.
+
+    Texts of any lengths share batches, and a result is that of the text alone, but for rounding.
+    Compiled once for each power of two that lengths and numbers of rows fit in. Softmax and entropy
+    are in float32, in blocks of tokens, so that logits of all tokens are never held.
+
+    Args:
+        model: with a tokenizer.
+        texts: one text or several; they may be empty.
+        batch_size: the most rows (texts, or windows of one) that are read at once.
+
+    Returns:
+        A `Score` for each text, in their order; for one text a list of one.
+
+    Raises:
+        UserError: if the model has no tokenizer, `batch_size` is below 1, a text cannot be encoded
+            or has ids outside the model's vocabulary, or logits are not finite.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UserError("this model has no tokenizer to score texts with; load one that has")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; at least 1")
+    config = model.config
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    lead = prompt_ids(model, "")
+    rows = []
+    for number, text in enumerate(texts):
+        _check_unicode(text, number)
+        rows.append(np.array(lead + tokenizer.encode(text), np.int32))
+        _check_ids(rows[-1], number, config.vocab_size)
+
+    by_length: dict[int, list[_Window]] = {}
+    for number, ids in enumerate(rows):
+        for window in _windows(number, len(ids), config.context_length):
+            length = _bucket(window.end - window.start, config.context_length, least=16)
+            by_length.setdefault(length, []).append(window)
+    results = [_nothing(len(ids)) for ids in rows]
+    for length, windows in by_length.items():
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            _read(model, rows, batch, (_bucket(len(batch), batch_size), length), results)
+
+    scores = []
+    for number, (ids, values) in enumerate(zip(rows, results, strict=True)):
+        logprobs, entropies, ranks = (part[len(lead) :] for part in values)
+        if not np.isfinite(logprobs[ranks >= 0]).all():
+            raise UserError(
+                f"the logits for text {number} are not finite; gptjax verify tells which "
+                "parameters are not"
+            )
+        own = ids[len(lead) :]
+        scores.append(Score(own, _pieces(tokenizer, own), logprobs, entropies, ranks))
+    return scores
+
+
+class _Window(NamedTuple):
+    """Tokens `[start, end)` of a row are read, and tokens `[first, end]` are scored by that."""
+
+    row: int
+    start: int
+    end: int
+    first: int
+
+
+class _Values(NamedTuple):
+    """Logarithms of probabilities, entropies and ranks of tokens."""
+
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    ranks: np.ndarray
+
+
+def _nothing(length: int) -> _Values:
+    """Values of tokens that have none yet."""
+    unknown = np.full(length, np.nan, np.float32)
+    return _Values(unknown, unknown.copy(), np.full(length, -1, np.int32))
+
+
+def _windows(row: int, length: int, context: int) -> Iterator[_Window]:
+    """Windows that score every token of a row but its first."""
+    start, first = 0, 1
+    while first < length:
+        # The last token is only predicted, never read.
+        end = min(start + context, length - 1)
+        yield _Window(row, start, end, first)
+        start, first = start + max(context // 2, 1), end + 1
+
+
+def _read(
+    model: Model,
+    rows: list[np.ndarray],
+    windows: list[_Window],
+    shape: tuple[int, int],
+    results: list[_Values],
+) -> None:
+    """Reads windows as one batch, filled up to a shape `(B, T)`, and writes into the results."""
+    # Filled up at the end of rows, which nothing before it sees.
+    tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for place, (row, start, end, _) in enumerate(windows):
+        tokens_BT[place, : end - start] = rows[row][start:end]
+        targets_BT[place, : end - start] = rows[row][start + 1 : end + 1]
+    block = max(LOGITS_AT_ONCE // model.config.vocab_size, 1)
+    read = jax.device_get(_scored(model.params, tokens_BT, targets_BT, model.config, block))
+    for place, (row, start, end, first) in enumerate(windows):
+        for result, part_BT in zip(results[row], read, strict=True):
+            result[first : end + 1] = part_BT[place, first - start - 1 : end - start]
+
+
+@partial(jax.jit, static_argnames=("config", "block"))
+def _scored(
+    params: Params, tokens_BT: jax.Array, targets_BT: jax.Array, config: ModelConfig, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities, entropies and ranks of targets, each `[B, T]`, by blocks of tokens."""
+    x_BTD, _ = hidden_states(params, tokens_BT, config)
+    B, T, D = x_BTD.shape
+    blocks = math.ceil(B * T / block)
+    length = math.ceil(B * T / blocks)
+    fill = blocks * length - B * T
+    x_bnD = jnp.pad(x_BTD.reshape(-1, D), ((0, fill), (0, 0))).reshape(blocks, length, D)
+    targets_bn = jnp.pad(targets_BT.reshape(-1), (0, fill)).reshape(blocks, length)
+
+    def read(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x_nD, target_n = part
+        logits_nV = unembed(params, x_nD[None], config)[0]
+        logprobs_nV = jax.nn.log_softmax(logits_nV)
+        entropy_n = -jnp.sum(jnp.exp(logprobs_nV) * logprobs_nV, axis=-1)
+        # By logits: the logarithms of two probabilities may round to one number.
+        target_n1 = jnp.take_along_axis(logits_nV, target_n[:, None], axis=-1)
+        rank_n = jnp.sum(logits_nV > target_n1, axis=-1, dtype=jnp.int32)
+        logprob_n = jnp.take_along_axis(logprobs_nV, target_n[:, None], axis=-1)[:, 0]
+        return logprob_n, entropy_n, rank_n
+
+    logprob, entropy, rank = (
+        part.reshape(-1)[: B * T].reshape(B, T) for part in jax.lax.map(read, (x_bnD, targets_bn))
+    )
+    return logprob, entropy, rank
+
+
+def _bucket(size: int, limit: int, least: int = 1) -> int:
+    """The next power of two, at most the limit: few shapes, so few compilations."""
+    return min(max(least, 1 << (size - 1).bit_length()), limit)
+
+
+def _pieces(tokenizer: Tokenizer, ids: np.ndarray) -> tuple[str, ...]:
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push(int(i)) for i in ids]
+    if pieces:
+        pieces[-1] += decoder.finish()
+    return tuple(pieces)
+
+
+def _check_unicode(text: str, number: int) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text {number} has half a character, U+{ord(text[error.start]):04X}, at position "
+            f"{error.start}; give text that was decoded without errors"
+        ) from error
+
+
+def _check_ids(ids: np.ndarray, number: int, vocab_size: int) -> None:
+    largest = int(ids.max(initial=0))
+    if largest >= vocab_size:
+        raise UserError(
+            f"text {number} has token id {largest}, but ids run from 0 to {vocab_size - 1}; is it "
+            "this model's tokenizer?"
+        )
+
+
+def colored(score: Score) -> "Text":
+    """A text for the terminal, the background of each token by its surprise.
+
+    From none below 1 bit to a strong red from 12 bits on, under black letters, so that it can be
+    read on a light and on a dark terminal. A character that several tokens make has their bits
+    together. What else would not be seen is made visible: a newline that has a colour by a blank
+    before it, and control characters (which could command the terminal) by their pictures.
+
+    Args:
+        score: of the text.
+
+    Returns:
+        A rich `Text`; print it with `soft_wrap=True`, so that no line is broken by rich.
+    """
+    from rich.style import Style
+    from rich.text import Text
+
+    shown = Text()
+    for group in _groups(score):
+        piece = _visible("".join(score.pieces[group]))
+        color = _shade(float(score.bits[group].sum()))
+        if color is None:
+            shown.append(piece)
+        else:
+            style = Style(color="#000000", bgcolor=color)
+            shown.append(piece.replace("\n", " \n"), style)
+    return shown
+
+
+def print_score(score: Score, console: "Console | None" = None) -> None:
+    """Prints a text as `colored` gives it, a legend, and a line that sums it up.
+
+    Where colours cannot be shown, or `NO_COLOR` is set, the text is printed as it is.
+
+    Args:
+        score: of the text.
+        console: where to; None is standard output.
+    """
+    from rich.console import Console
+    from rich.style import Style
+    from rich.text import Text
+
+    terminal = Console() if console is None else console
+    if terminal.color_system is None or terminal.no_color:
+        print(f"{score.text}\n\n{_summary(score)}", file=terminal.file)
+        return
+    terminal.print(colored(score), soft_wrap=True)
+    legend = Text("\nsurprise in bits:")
+    for bits in _LEGEND:
+        color = _shade(bits)
+        style = "" if color is None else Style(color="#000000", bgcolor=color)
+        legend.append(" ").append(f" {_legend_label(bits)} ", style)
+    terminal.print(legend, soft_wrap=True)
+    terminal.print(_summary(score), soft_wrap=True, highlight=False, markup=False)
+
+
+_PAGE_STYLE = """
+:root { color-scheme: light dark; }
+body { max-width: 50rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 8;
+  font-family: ui-monospace, monospace; }
+.text span:hover { outline: 1px solid; }
+.text i::before { content: "\\21B5"; font-style: normal; opacity: .5; }
+.legend span { padding: .1rem .5rem; }
+"""
+
+
+def to_html(score: Score, *, title: str = "Surprise") -> str:
+    """A page that shows a text, the background of each token by its surprise as in `colored`.
+
+    Args:
+        score: of the text.
+        title: of the page.
+
+    Returns:
+        HTML that needs no other file, script or font. Hovering over a token tells its probability,
+        rank and entropy.
+    """
+    spans = []
+    for group in _groups(score):
+        places = range(*group.indices(len(score.pieces)))
+        about = html.escape("\n\n".join(_about(score, place) for place in places))
+        about = about.replace("\n", "&#10;")
+        text = html.escape(_visible("".join(score.pieces[group])))
+        # The mark is made by the style, so that it is not in a text copied from the page.
+        text = text.replace("\n", "<i></i>\n")
+        style = _html_style(float(score.bits[group].sum()))
+        spans.append(f'<span{style} title="{about}">{text}</span>')
+    legend = " ".join(f"<span{_html_style(bits)}>{_legend_label(bits)}</span>" for bits in _LEGEND)
+    name = html.escape(title)
+    return f"""<!DOCTYPE html>
+<html>
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{name}</title>
+<style>{_PAGE_STYLE}</style>
+</head>
+<body>
+<h1>{name}</h1>
+<p>{_summary(score)}</p>
+<p class="legend">Surprise in bits: {legend}</p>
+<div class="text">{"".join(spans)}</div>
+</body>
+</html>
+"""
+
+
+def _groups(score: Score) -> Iterator[slice]:
+    """Tokens that are shown together, for only together do they make characters."""
+    start = 0
+    for place, piece in enumerate(score.pieces):
+        if piece or place == len(score.pieces) - 1:
+            yield slice(start, place + 1)
+            start = place + 1
+
+
+def _shade(bits: float) -> str | None:
+    """The background, such as "#ffecd6", of so much surprise; None for none (NaN too)."""
+    if not bits >= _FIRST_SHADE:
+        return None
+    share = min((bits - _FIRST_SHADE) / (_LAST_SHADE - _FIRST_SHADE), 1.0)
+    ends = zip(_PALE, _STRONG, strict=True)
+    return "#" + "".join(f"{round(pale + share * (strong - pale)):02x}" for pale, strong in ends)
+
+
+def _html_style(bits: float) -> str:
+    color = _shade(bits)
+    return "" if color is None else f' style="background:{color};color:#000"'
+
+
+def _legend_label(bits: int) -> str:
+    return f"{bits} or more" if bits == _LEGEND[-1] else str(bits)
+
+
+def _about(score: Score, place: int) -> str:
+    """What is told about one token."""
+    piece, token = score.pieces[place], int(score.tokens[place])
+    name = f"{piece!r} (token {token})" if piece else f"part of a character (token {token})"
+    if score.ranks[place] < 0:
+        return f"{name}\nnot predicted: nothing comes before it"
+    return (
+        f"{name}\n"
+        f"probability {math.exp(score.logprobs[place]):.3g} ({score.bits[place]:.2f} bits)\n"
+        f"rank {score.ranks[place]} (0 is the likeliest)\n"
+        f"entropy {score.entropies[place] / math.log(2):.2f} bits"
+    )
+
+
+def _summary(score: Score) -> str:
+    count = len(score.tokens)
+    line = f"{count} token" if count == 1 else f"{count} tokens"
+    if not (score.ranks >= 0).any():
+        return line
+    return f"{line}, perplexity {score.perplexity:.4g}, {score.bits_per_byte:.3f} bits per byte"
+
+
+def _visible(text: str) -> str:
+    """With pictures in place of control characters, newlines and tabs excepted."""
+    return text.translate(_PICTURES)
+
+
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
