@@ -188,8 +188,8 @@ def save_pretrained(
         write_tokenizer(model.tokenizer, directory)
 
 
-def _tensor_dtypes(model: Model, entries: list[Weight], dtype: str | None) -> dict[str, np.dtype]:
-    """The dtype of each tensor in the file."""
+def _tensor_dtypes(model: Model, entries: list[Weight], dtype: str | None) -> dict[str, Any]:
+    """NumPy's dtype of each tensor in the file."""
     names = [name for name, _, _ in by_layer(entries, model.config)]
     if dtype is not None:
         return dict.fromkeys(names, _EXPORT_DTYPES[dtype])
