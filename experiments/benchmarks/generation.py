@@ -68,7 +68,7 @@ def transformers_engine(settings: Settings, batch: int) -> Callable[[], int]:
     import transformers
 
     config = preset(settings.model)
-    model = transformers.GPT2LMHeadModel(
+    model: Any = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.context_length,
@@ -76,8 +76,8 @@ def transformers_engine(settings: Settings, batch: int) -> Callable[[], int]:
             n_layer=config.num_layers,
             n_head=config.num_heads,
         )
-    ).eval()
-    generate: Any = model.generate
+    )
+    model.eval()
     prompts = torch.from_numpy(random_prompts(settings, batch))
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": settings.new}
     options |= {"min_new_tokens": settings.new, "pad_token_id": 0}
@@ -85,7 +85,7 @@ def transformers_engine(settings: Settings, batch: int) -> Callable[[], int]:
 
     def run() -> int:
         with torch.inference_mode():
-            out = generate(prompts, attention_mask=mask, **options)
+            out = model.generate(prompts, attention_mask=mask, **options)
         return out.numel() - prompts.numel()
 
     return run
