@@ -25,7 +25,9 @@ _HOMES = {
     "init_state": "gptjax.training",
     "make_train_step": "gptjax.training",
     "Sampling": "gptjax.sampling",
+    "Continuation": "gptjax.generation",
     "generate": "gptjax.generation",
+    "generate_continuations": "gptjax.generation",
     "generate_text": "gptjax.text_generation",
     "generate_chat": "gptjax.text_generation",
     "stream_text": "gptjax.text_generation",
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from gptjax.config import ModelConfig, preset
     from gptjax.errors import UserError
     from gptjax.fitting import FitResult, fit
-    from gptjax.generation import generate
+    from gptjax.generation import Continuation, generate, generate_continuations
     from gptjax.loss import LossOptions, loss_fn
     from gptjax.model import Model, forward
     from gptjax.optimizer import OptimizerConfig, make_optimizer
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from gptjax.training import TrainState, init_state, make_train_step
 
 __all__ = [
+    "Continuation",
     "FitResult",
     "LossOptions",
     "Model",
@@ -69,6 +72,7 @@ __all__ = [
     "forward",
     "generate",
     "generate_chat",
+    "generate_continuations",
     "generate_text",
     "init_params",
     "init_state",
