@@ -82,7 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_theta": 100.0,
         "rope_scaling": YARN
         | {"rope_type": "yarn", "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}
-        | {"mscale": 1.2, "mscale_all_dim": 0.7}
+        | {"mscale": 1.2, "mscale_all_dim": 0.7},
     },
     "llama-newer-spelling": LLAMA
     | {"rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 5e5}},
