@@ -33,6 +33,8 @@ _HOMES = {
     "stream_text": "gptjax.text_generation",
     "FitResult": "gptjax.fitting",
     "fit": "gptjax.fitting",
+    "beam_search": "gptjax.beams",
+    "choose": "gptjax.choice",
     "Score": "gptjax.scoring",
     "score": "gptjax.scoring",
     "load": "gptjax.pretrained.loading",
@@ -40,6 +42,8 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from gptjax.beams import beam_search
+    from gptjax.choice import choose
     from gptjax.config import ModelConfig, preset
     from gptjax.errors import UserError
     from gptjax.fitting import FitResult, fit
@@ -67,6 +71,8 @@ __all__ = [
     "Score",
     "TrainState",
     "UserError",
+    "beam_search",
+    "choose",
     "count_params",
     "fit",
     "forward",
