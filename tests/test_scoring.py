@@ -275,7 +275,10 @@ def test_pieces_join_to_the_text(rng: np.random.Generator) -> None:
             assert len(result.pieces) == len(result.tokens)
             # A tokenizer as Llama 2's has one token for all that it does not know.
             assert result.text == tokenizer.decode(result.tokens)
-            assert result.text == text or "<unk>" in result.text
+            # Llama 2's decoder drops a space that begins a text, also one of the text's own.
+            drops = tokenizer.decode(tokenizer.encode(" a")) != " a"
+            if not (drops and text.startswith(" ")):
+                assert result.text == text or "<unk>" in result.text
     [result] = score(model_of(GPT2, ByteTokenizer(), rng), "aé🙂")
     assert result.pieces == ("a", "", "é", "", "", "", "🙂")
 
