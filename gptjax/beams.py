@@ -18,8 +18,8 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation import (
     DecodeState,
-    _bucket,
     _check_prompts,
+    bucket,
     decode_step,
     init_cache,
     prefill,
@@ -133,13 +133,13 @@ def beam_search(
                 f"model's context of {config.context_length}; shorten the prompt or ask for at "
                 f"most {max(config.context_length - len(prompt), 0)} new tokens"
             )
-    room = _bucket(max(max_new_tokens, 1), config.context_length)
+    room = bucket(max(max_new_tokens, 1), config.context_length)
     divisor_N = _divisors(length_penalty, room, max_new_tokens)
     if not prompts or max_new_tokens == 0:
         return [[Beam([], 0.0)] for _ in prompts]
 
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    P = _bucket(int(lengths.max()), config.context_length)
+    P = bucket(int(lengths.max()), config.context_length)
     padded_BP = np.zeros((len(prompts), P), np.int32)
     for row, prompt in enumerate(prompts):
         padded_BP[row, : len(prompt)] = prompt
@@ -161,7 +161,7 @@ def beam_search(
         config,
         num_beams,
         # The last token found is never read, so it needs no slot.
-        _bucket(int(lengths.max()) + max_new_tokens - 1, config.context_length),
+        bucket(int(lengths.max()) + max_new_tokens - 1, config.context_length),
     )
     done_BWN, count_BW, score_BW = map(np.asarray, found)
     return [

@@ -13,7 +13,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError, nearest
-from gptjax.generation import _bucket, init_cache, prefill
+from gptjax.generation import bucket, init_cache, prefill
 from gptjax.model import Model, hidden_states, unembed
 from gptjax.params import Params
 from gptjax.text_generation import prompt_ids
@@ -126,15 +126,15 @@ def _logprobs(
     """The log-probability of each row after the prompt, `[N]` float64."""
     _check_ids(prompt, rows, config)
     longest = max(map(len, rows))
-    P = _bucket(len(prompt), config.context_length)
-    T = _bucket(longest, config.context_length, least=4)
+    P = bucket(len(prompt), config.context_length)
+    T = bucket(longest, config.context_length, least=4)
     padded_P = np.zeros(P, np.int32)
     padded_P[: len(prompt)] = prompt
     choices_NT = np.zeros((len(rows), T), np.int32)
     for index, row in enumerate(rows):
         choices_NT[index, : len(row)] = row
     # The last token of a choice is never read, so it needs no slot.
-    slots = _bucket(len(prompt) + longest - 1, config.context_length)
+    slots = bucket(len(prompt) + longest - 1, config.context_length)
     logprobs_NT = np.asarray(
         _score(params, padded_P, jnp.int32(len(prompt)), choices_NT, config, slots), np.float64
     )

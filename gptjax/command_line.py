@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 
 from gptjax.caching import cache_directory
 from gptjax.devices import cores_as_devices
-from gptjax.errors import UserError, nearest
+from gptjax.errors import NonFiniteLossError, UserError, nearest
 from gptjax.reporting import print_error
 
 Settings = TypeVar("Settings")
@@ -110,8 +110,6 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     Status 0 where it went well (also where a signal stopped a run that can be resumed), 2 where
     the user's input was refused, 1 where a run failed.
     """
-    from gptjax.fitting import NonFiniteLossError
-
     configure_jax()
     status = 0
     try:

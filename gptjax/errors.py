@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class NonFiniteLossError(UserError):
+    """The loss or the gradient stopped being a finite number."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean 'x'?"` for the known name closest to `name`, or the legal names.
 

@@ -21,7 +21,7 @@ from gptjax import devices, sharding
 from gptjax.checkpoint import CheckpointManager, diff_configs, lock_run
 from gptjax.config import EXECUTION_FIELDS, ModelConfig
 from gptjax.data.position import DataPosition
-from gptjax.errors import UserError
+from gptjax.errors import NonFiniteLossError, UserError
 from gptjax.evaluation.perplexity import evaluate_loss, make_eval_step
 from gptjax.loss import LossOptions
 from gptjax.model import Model
@@ -49,10 +49,6 @@ _PROGRESS = (
     "best_val_loss",
     "peak_bytes",
 )
-
-
-class NonFiniteLossError(UserError):
-    """The loss or the gradient stopped being a finite number."""
 
 
 @dataclass(frozen=True)

@@ -266,21 +266,21 @@ def _prepare(
 ) -> _Call:
     N = sampling.max_new_tokens
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    P = _bucket(int(lengths.max()), config.context_length)
+    P = bucket(int(lengths.max()), config.context_length)
     padded = np.zeros((len(prompts), P), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
     keys_B = _sample_keys(_row_keys(len(prompts), sampling, key), sampling.num_samples)
     stop = sorted({token for token in sampling.stop if isinstance(token, int)})
     # Padding by -1, which is no token, to a length that other sets of stop tokens share.
-    stop_ids = np.full(_bucket(max(len(stop), 1), 2**30, least=4), -1, np.int32)
+    stop_ids = np.full(bucket(max(len(stop), 1), 2**30, least=4), -1, np.int32)
     stop_ids[: len(stop)] = stop
     filters, values = split_sampling(sampling)
     static = _Static(
         filters=filters,
         # The last token drawn is never read, so it needs no slot.
-        slots=_bucket(int(lengths.max()) + N - 1, config.context_length),
-        room=_bucket(N, config.context_length),
+        slots=bucket(int(lengths.max()) + N - 1, config.context_length),
+        room=bucket(N, config.context_length),
         samples=sampling.num_samples,
         logprobs=None if sampling.logprobs is None else min(sampling.logprobs, config.vocab_size),
     )
@@ -515,7 +515,7 @@ _advance_jit = partial(jax.jit, static_argnames=("config", "static"), donate_arg
 )
 
 
-def _bucket(size: int, limit: int, least: int = 16) -> int:
+def bucket(size: int, limit: int, least: int = 16) -> int:
     """The next power of two, at most the limit: few shapes, so few compilations."""
     return min(max(least, 1 << (size - 1).bit_length()), limit)
 

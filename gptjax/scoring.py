@@ -16,6 +16,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.generation import bucket
 from gptjax.loss import LOGITS_AT_ONCE
 from gptjax.model import Model, hidden_states, unembed
 from gptjax.params import Params
@@ -132,13 +133,13 @@ def score(model: Model, texts: str | Sequence[str], *, batch_size: int = 8) -> l
     by_length: dict[int, list[_Window]] = {}
     for number, ids in enumerate(rows):
         for window in _windows(number, len(ids), config.context_length):
-            length = _bucket(window.end - window.start, config.context_length, least=16)
+            length = bucket(window.end - window.start, config.context_length)
             by_length.setdefault(length, []).append(window)
     results = [_nothing(len(ids)) for ids in rows]
     for length, windows in by_length.items():
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
-            _read(model, rows, batch, (_bucket(len(batch), batch_size), length), results)
+            _read(model, rows, batch, (bucket(len(batch), batch_size, least=1), length), results)
 
     scores = []
     for number, (ids, values) in enumerate(zip(rows, results, strict=True)):
@@ -234,11 +235,6 @@ def _scored(
         part.reshape(-1)[: B * T].reshape(B, T) for part in jax.lax.map(read, (x_bnD, targets_bn))
     )
     return logprob, entropy, rank
-
-
-def _bucket(size: int, limit: int, least: int = 1) -> int:
-    """The next power of two, at most the limit: few shapes, so few compilations."""
-    return min(max(least, 1 << (size - 1).bit_length()), limit)
 
 
 def _pieces(tokenizer: Tokenizer, ids: np.ndarray) -> tuple[str, ...]:

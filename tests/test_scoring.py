@@ -180,9 +180,9 @@ def test_what_fills_a_row_is_not_seen(
     model = model_of(MODERN.replace(context_length=64), ByteTokenizer(), rng)
     texts = [text_of(rng, int(length)) for length in rng.integers(1, 100, 4)]
     padded = score(model, texts)
-    monkeypatch.setattr(scoring, "_bucket", lambda size, limit, least=1: limit)
+    monkeypatch.setattr(scoring, "bucket", lambda size, limit, least=1: limit)
     longest = score(model, texts)
-    monkeypatch.setattr(scoring, "_bucket", lambda size, limit, least=1: size)
+    monkeypatch.setattr(scoring, "bucket", lambda size, limit, least=1: size)
     exact = [score(model, text, batch_size=1)[0] for text in texts]
     for one, two, three in zip(padded, longest, exact, strict=True):
         assert_same(one, two)

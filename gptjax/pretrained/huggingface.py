@@ -209,8 +209,7 @@ def _special_ids(model: Model) -> dict[str, Any]:
     tokenizer = model.tokenizer
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
-    bos = getattr(tokenizer, "bos_id", None)
-    return {"bos_token_id": bos, "eos_token_id": tokenizer.eos_id}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
 def _bytes(size: str) -> int:
