@@ -33,6 +33,14 @@ _HOMES = {
     "stream_text": "gptjax.text_generation",
     "FitResult": "gptjax.fitting",
     "fit": "gptjax.fitting",
+    "decoding_params": "gptjax.layouts",
+    "quantize": "gptjax.layouts",
+    "DraftModel": "gptjax.speculation",
+    "PromptLookup": "gptjax.speculation",
+    "Completion": "gptjax.batching",
+    "generate_queue": "gptjax.batching",
+    "generate_texts": "gptjax.batching",
+    "generate_file": "gptjax.prompt_files",
     "beam_search": "gptjax.beams",
     "choose": "gptjax.choice",
     "Score": "gptjax.scoring",
@@ -42,31 +50,38 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from gptjax.batching import Completion, generate_queue, generate_texts
     from gptjax.beams import beam_search
     from gptjax.choice import choose
     from gptjax.config import ModelConfig, preset
     from gptjax.errors import UserError
     from gptjax.fitting import FitResult, fit
     from gptjax.generation import Continuation, generate, generate_continuations
+    from gptjax.layouts import decoding_params, quantize
     from gptjax.loss import LossOptions, loss_fn
     from gptjax.model import Model, forward
     from gptjax.optimizer import OptimizerConfig, make_optimizer
     from gptjax.params import count_params, init_params, param_specs
     from gptjax.pretrained.huggingface import save_pretrained
     from gptjax.pretrained.loading import load
+    from gptjax.prompt_files import generate_file
     from gptjax.sampling import Sampling
     from gptjax.scoring import Score, score
     from gptjax.sharding import make_mesh
+    from gptjax.speculation import DraftModel, PromptLookup
     from gptjax.text_generation import generate_chat, generate_text, stream_text
     from gptjax.training import TrainState, init_state, make_train_step
 
 __all__ = [
+    "Completion",
     "Continuation",
+    "DraftModel",
     "FitResult",
     "LossOptions",
     "Model",
     "ModelConfig",
     "OptimizerConfig",
+    "PromptLookup",
     "Sampling",
     "Score",
     "TrainState",
@@ -74,12 +89,16 @@ __all__ = [
     "beam_search",
     "choose",
     "count_params",
+    "decoding_params",
     "fit",
     "forward",
     "generate",
     "generate_chat",
     "generate_continuations",
+    "generate_file",
+    "generate_queue",
     "generate_text",
+    "generate_texts",
     "init_params",
     "init_state",
     "load",
@@ -89,6 +108,7 @@ __all__ = [
     "make_train_step",
     "param_specs",
     "preset",
+    "quantize",
     "save_pretrained",
     "score",
     "stream_text",

@@ -55,54 +55,60 @@ def attention(
         visible &= query_segments[:, :, None] == key_segments[:, None, :]
 
     visible_BNS = jnp.tile(visible, (1, G, 1))
+    visible_BKNS = visible_BNS[:, None]
+    if B == 1:
+        # XLA's CPU backend multiplies three dimensions twice as fast as four with one of size one.
+        q_BKNC, k_BKSC, v_BKSC, visible_BKNS = (
+            jnp.squeeze(x, 0) for x in (q_BKNC, k_BKSC, v_BKSC, visible_BKNS)
+        )
     if dropout_key is None or dropout == 0:
-        out_BKNC = _attend(q_BKNC, k_BKSC, v_BKSC, visible_BNS)
+        out_BKNC = _attend(q_BKNC, k_BKSC, v_BKSC, visible_BKNS)
     else:
-        probs_BKNS = _probabilities(q_BKNC, k_BKSC, visible_BNS)
+        probs_BKNS = _probabilities(q_BKNC, k_BKSC, visible_BKNS)
         keep = jax.random.bernoulli(dropout_key, 1 - dropout, probs_BKNS.shape)
         probs_BKNS = jnp.where(keep, probs_BKNS / (1 - dropout), 0).astype(v_BSKC.dtype)
-        out_BKNC = jnp.einsum("bkns,bksc->bknc", probs_BKNS, v_BKSC)
+        out_BKNC = jnp.einsum("...ns,...sc->...nc", probs_BKNS, v_BKSC)
     out_BTKGC = jnp.transpose(out_BKNC.reshape(B, K, G, T, C), (0, 3, 1, 2, 4))
     return out_BTKGC.reshape(B, T, H, C).astype(q_BTHC.dtype)
 
 
-def _probabilities(q_BKNC: jax.Array, k_BKSC: jax.Array, visible_BNS: jax.Array) -> jax.Array:
+def _probabilities(q_BKNC: jax.Array, k_BKSC: jax.Array, visible_BKNS: jax.Array) -> jax.Array:
     """Float32 softmax over the visible keys of N = G · T queries to each key head."""
     scores_BKNS = jnp.einsum(
-        "bknc,bksc->bkns", q_BKNC, k_BKSC, preferred_element_type=jnp.float32
+        "...nc,...sc->...ns", q_BKNC, k_BKSC, preferred_element_type=jnp.float32
     ) * (1 / math.sqrt(q_BKNC.shape[-1]))
-    scores_BKNS = jnp.where(visible_BNS[:, None], scores_BKNS, jnp.finfo(jnp.float32).min)
+    scores_BKNS = jnp.where(visible_BKNS, scores_BKNS, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores_BKNS, axis=-1)
 
 
 @jax.custom_vjp
 def _attend(
-    q_BKNC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, visible_BNS: jax.Array
+    q_BKNC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, visible_BKNS: jax.Array
 ) -> jax.Array:
-    return _attend_forward(q_BKNC, k_BKSC, v_BKSC, visible_BNS)[0]
+    return _attend_forward(q_BKNC, k_BKSC, v_BKSC, visible_BKNS)[0]
 
 
 def _attend_forward(
-    q_BKNC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, visible_BNS: jax.Array
+    q_BKNC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, visible_BKNS: jax.Array
 ):
-    probs_BKNS = _probabilities(q_BKNC, k_BKSC, visible_BNS).astype(v_BKSC.dtype)
-    out_BKNC = jnp.einsum("bkns,bksc->bknc", probs_BKNS, v_BKSC)
+    probs_BKNS = _probabilities(q_BKNC, k_BKSC, visible_BKNS).astype(v_BKSC.dtype)
+    out_BKNC = jnp.einsum("...ns,...sc->...nc", probs_BKNS, v_BKSC)
     return out_BKNC, (q_BKNC, k_BKSC, v_BKSC, probs_BKNS, out_BKNC)
 
 
 def _attend_backward(residuals: tuple[jax.Array, ...], grad_BKNC: jax.Array):
     q_BKNC, k_BKSC, v_BKSC, probs_BKNS, out_BKNC = residuals
-    grad_v = jnp.einsum("bkns,bknc->bksc", probs_BKNS, grad_BKNC)
+    grad_v = jnp.einsum("...ns,...nc->...sc", probs_BKNS, grad_BKNC)
     grad_probs = jnp.einsum(
-        "bknc,bksc->bkns", grad_BKNC, v_BKSC, preferred_element_type=jnp.float32
+        "...nc,...sc->...ns", grad_BKNC, v_BKSC, preferred_element_type=jnp.float32
     )
     # The softmax's inner sum over keys, Σ p · dp, equals Σ out · d out over the head's width (Dao
     # et al. 2022, section B.4), which is shorter and needs no pass over the scores.
     inner = jnp.sum((out_BKNC * grad_BKNC).astype(jnp.float32), axis=-1, keepdims=True)
     grad_scores = probs_BKNS * (grad_probs - inner) * (1 / math.sqrt(q_BKNC.shape[-1]))
     grad_scores = grad_scores.astype(q_BKNC.dtype)
-    grad_q = jnp.einsum("bkns,bksc->bknc", grad_scores, k_BKSC)
-    grad_k = jnp.einsum("bkns,bknc->bksc", grad_scores, q_BKNC)
+    grad_q = jnp.einsum("...ns,...sc->...nc", grad_scores, k_BKSC)
+    grad_k = jnp.einsum("...ns,...nc->...sc", grad_scores, q_BKNC)
     return grad_q, grad_k, grad_v, None
 
 

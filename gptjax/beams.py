@@ -23,8 +23,9 @@ from gptjax.generation import (
     decode_step,
     init_cache,
     prefill,
+    slot_bucket,
 )
-from gptjax.model import unstack_blocks
+from gptjax.layouts import decoding_params
 from gptjax.params import Params
 from gptjax.sampling import Sampling
 
@@ -147,7 +148,7 @@ def beam_search(
     is_stop_V[stop_ids] = True
     found = _search(
         params,
-        unstack_blocks(params, config)["blocks"],
+        decoding_params(params, config),
         jnp.asarray(padded_BP),
         jnp.asarray(lengths),
         Rules(
@@ -161,7 +162,7 @@ def beam_search(
         config,
         num_beams,
         # The last token found is never read, so it needs no slot.
-        bucket(int(lengths.max()) + max_new_tokens - 1, config.context_length),
+        slot_bucket(max(int(lengths.max()) + max_new_tokens - 1, P), config),
     )
     done_BWN, count_BW, score_BW = map(np.asarray, found)
     return [
@@ -177,7 +178,7 @@ def beam_search(
 @partial(jax.jit, static_argnames=("config", "num_beams", "slots"))
 def _search(
     params: Params,
-    blocks: tuple[Params, ...],
+    decoding: Params,
     prompts_BP: jax.Array,
     length_B: jax.Array,
     rules: Rules,
@@ -204,13 +205,12 @@ def _search(
         going_B=jnp.ones(B, bool),
     )
     search = _extend(search, logits_MV, rules)
-    unstacked = {**params, "blocks": blocks}
 
     def unfinished(search: Search) -> jax.Array:
         return (search.index < rules.max_new) & jnp.any(search.going_B)
 
     def body(search: Search) -> Search:
-        logits_MV, state = decode_step(unstacked, search.state, config)
+        logits_MV, state = decode_step(decoding, search.state, config)
         return _extend(search._replace(state=state), logits_MV, rules)
 
     search = jax.lax.while_loop(unfinished, body, search)

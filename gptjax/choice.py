@@ -13,7 +13,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError, nearest
-from gptjax.generation import bucket, init_cache, prefill
+from gptjax.generation import bucket, init_cache, prefill, slot_bucket
 from gptjax.model import Model, hidden_states, unembed
 from gptjax.params import Params
 from gptjax.text_generation import prompt_ids
@@ -134,7 +134,7 @@ def _logprobs(
     for index, row in enumerate(rows):
         choices_NT[index, : len(row)] = row
     # The last token of a choice is never read, so it needs no slot.
-    slots = bucket(len(prompt) + longest - 1, config.context_length)
+    slots = slot_bucket(max(len(prompt) + longest - 1, P), config)
     logprobs_NT = np.asarray(
         _score(params, padded_P, jnp.int32(len(prompt)), choices_NT, config, slots), np.float64
     )

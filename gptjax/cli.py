@@ -45,6 +45,44 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Continues every prompt of a JSON Lines file. Run again after a stop, it goes on.
+
+    Attributes:
+        model: As for `gptjax generate`.
+        source: A file with one object a line: its "prompt", a text, or "messages" of a chat, and
+            if it has its own, "max_new_tokens". Other fields are kept.
+        destination: The file to write, or to go on with: the same objects with "completion",
+            "finish", "tokens" and "index", the place among the prompts. Lines come as completions
+            end.
+        max_new_tokens: The most tokens to add to each prompt.
+        num_samples: How many completions of each prompt, a line each.
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Keep only the k likeliest tokens.
+        top_p: Keep the likeliest tokens that together reach this probability.
+        min_p: Keep tokens at least this likely relative to the likeliest.
+        repetition_penalty: Makes tokens less likely that have come up; 1 is none.
+        stop: Texts that end a completion, which is cut before them.
+        seed: Of the draws.
+        slots: How many prompts are continued at a time.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional]
+    destination: Annotated[Path, tyro.conf.Positional]
+    max_new_tokens: int = 200
+    num_samples: int = 1
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    slots: int = 8
+
+
+@dataclass(frozen=True)
 class Chat:
     """Talks with an instruction-tuned model. An empty line is passed over; Ctrl-D ends.
 
@@ -151,6 +189,34 @@ def generate(settings: Generate) -> None:
         if number:
             print("-" * 8)
         print(settings.prompt + text)
+
+
+def batch(settings: Batch) -> None:
+    """Writes the completions of a file of prompts."""
+    from gptjax.pretrained.loading import load
+    from gptjax.prompt_files import generate_file
+    from gptjax.sampling import Sampling
+
+    sampling = Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        num_samples=settings.num_samples,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        stop=settings.stop,
+    )
+    key = _key(settings.seed)
+    added = generate_file(
+        load(settings.model),
+        settings.source,
+        settings.destination,
+        sampling,
+        key,
+        slots=settings.slots,
+    )
+    print(f"{added} completions are added to {settings.destination}")
 
 
 def _key(seed: int) -> Any:
@@ -298,6 +364,7 @@ def doctor(settings: Doctor) -> None:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "generate": (Generate, generate, "Continue a text with a model."),
+    "batch": (Batch, batch, "Continue every prompt of a file."),
     "chat": (Chat, chat, "Talk with an instruction-tuned model."),
     "score": (Score, score, "Show where a model is unsure of a text."),
     "convert": (Convert, convert, "Write a model in Hugging Face's layout."),

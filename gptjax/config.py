@@ -13,6 +13,7 @@ Activation = Literal["gelu_tanh", "gelu", "quick_gelu", "relu", "squared_relu", 
 RopeKind = Literal["linear", "llama3", "yarn"]
 Init = Literal["gpt2", "modern"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
+CacheDtype = Literal["auto", "int8"]
 Remat = Literal["none", "dots", "full"]
 
 
@@ -142,6 +143,8 @@ class ModelConfig:
         init: "gpt2" draws N(0, 0.02²) with residual outputs scaled by 1/√(2L); "modern" draws a
             unit-variance embedding, 1/√fan-in matrices, and zero residual outputs and head.
         compute_dtype: dtype of matrix work; "auto" is bfloat16 where the chip has it.
+        cache_dtype: dtype of the keys and values kept in generation: "auto" is the compute dtype,
+            "int8" has one scale for each token and head.
         remat: what the backward pass recomputes: "none"; "dots" keeps only matrix products;
             "full" keeps only block inputs.
         scan_unroll: blocks laid out in a row per scan iteration; None chooses (all of them in a
@@ -188,6 +191,7 @@ class ModelConfig:
     dropout: float = 0.0
     init: Init = "gpt2"
     compute_dtype: ComputeDtype = "auto"
+    cache_dtype: CacheDtype = "auto"
     remat: Remat = "none"
     scan_unroll: int | None = None
 
@@ -284,7 +288,7 @@ class ModelConfig:
         return cls(**fields)
 
 
-EXECUTION_FIELDS = frozenset({"compute_dtype", "remat", "scan_unroll"})
+EXECUTION_FIELDS = frozenset({"cache_dtype", "compute_dtype", "remat", "scan_unroll"})
 """Fields of `ModelConfig` that change neither parameters nor the function computed."""
 
 _MODERN: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A device's matrix rate, which utilization is measured against, its memory, and CPU cores."""
+"""A device's matrix rate, which utilization is measured against, its dtype and memory; CPU cores."""
 
 import os
 import time
@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
 
 # Dense bfloat16 (V100, T4: float16) operations a second of one chip, from the vendors' data sheets,
 # by what `device_kind` contains; the longer name first where one contains another.
@@ -99,3 +101,16 @@ def peak_bytes(compiled: Any) -> int | None:
 def describe(devices: Sequence[Any]) -> str:
     """JAX devices in a few words, such as "1 × NVIDIA H100 (gpu)"."""
     return f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})"
+
+
+def compute_dtype(config: ModelConfig) -> Any:
+    """The dtype of matrix work: as configured, or bfloat16 where the default device is fast in it.
+
+    A TPU is, and an NVIDIA GPU from compute capability 8.0 (Ampere) on; a T4 and CPUs are not.
+    """
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    device = jax.devices()[0]
+    capability = float(getattr(device, "compute_capability", 0) or 0)
+    fast = device.platform == "tpu" or capability >= 8.0
+    return jnp.dtype(jnp.bfloat16 if fast else jnp.float32)

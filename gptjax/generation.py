@@ -3,20 +3,20 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import ModelConfig
+from gptjax.devices import compute_dtype
 from gptjax.errors import UserError
+from gptjax.layouts import Int8, decoding_params
 from gptjax.model import (
     LayerCache,
-    compute_dtype,
     hidden_states,
     unembed,
-    unstack_blocks,
 )
 from gptjax.params import Params
 from gptjax.sampling import (
@@ -29,6 +29,9 @@ from gptjax.sampling import (
     split_sampling,
     start_history,
 )
+
+if TYPE_CHECKING:
+    from gptjax.speculation import Speculation
 
 KVCache = tuple[LayerCache, ...]
 """One `LayerCache` a block. A token's slot is its position: a row's prompt starts at slot 0 and
@@ -46,17 +49,19 @@ class DecodeState(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What generation carries from token to token."""
+    """What generation carries from token to token. Rows need not have begun together."""
 
-    index: jax.Array
-    """How many tokens have been drawn for each row, those after its end counted too."""
     state: DecodeState
-    done_B: jax.Array
-    """Which rows have ended."""
+    keys_B: jax.Array
+    """A random key for each row."""
+    limit_B: jax.Array
+    """The most tokens to draw for each row."""
+    stopped_B: jax.Array
+    """Which rows a stop token has ended."""
     out_BN: jax.Array
     """The tokens drawn."""
     count_B: jax.Array
-    """How many of them belong to each row: those before its end."""
+    """How many each row has, without the stop token; the next one is drawn with this index."""
     history: History | None
     """What the rows hold, where there are penalties."""
     details: "Details | None"
@@ -88,22 +93,35 @@ class Continuation:
     """At each place the likeliest ids with their log-probabilities, the likeliest first."""
 
 
-class Draw(NamedTuple):
-    """What decides about the tokens drawn, all of it traced."""
+class Prompts(NamedTuple):
+    """Prompts to read, and what is to be drawn for each."""
 
+    tokens_BP: jax.Array
+    """Filled up at their ends."""
+    length_B: jax.Array
     keys_B: jax.Array
+    """A random key for each row: for each sample of each prompt."""
+    limit_B: jax.Array
+    """The most tokens to draw for each row."""
+
+
+class Draw(NamedTuple):
+    """How tokens are drawn in every row, all of it traced."""
+
     stop_ids: jax.Array
     values: FilterValues
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
-    """An empty cache for `batch` rows of up to `slots` tokens, in the compute dtype."""
-    shape = (batch, slots, config.kv_heads, config.head_width)
-    dtype = compute_dtype(config)
-    return tuple(
-        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        for _ in range(config.num_layers)
-    )
+    """An empty cache for `batch` rows of up to `slots` tokens, in the configured dtype."""
+    shape = (batch, config.kv_heads, slots, config.head_width)
+
+    def empty() -> Any:
+        if config.cache_dtype == "int8":
+            return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
+        return jnp.zeros(shape, compute_dtype(config))
+
+    return tuple(LayerCache(empty(), empty()) for _ in range(config.num_layers))
 
 
 def prefill(
@@ -152,6 +170,8 @@ def generate(
     config: ModelConfig,
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
+    *,
+    speculation: "Speculation | None" = None,
 ) -> list[list[int]]:
     """Continues each prompt by up to `sampling.max_new_tokens` tokens.
 
@@ -165,6 +185,8 @@ def generate(
         config: the model.
         sampling: how to draw. Only token ids of `sampling.stop` count here.
         key: random key; None is `jax.random.key(0)`.
+        speculation: `PromptLookup` or `DraftModel`, which propose several tokens at once: the same
+            tokens in fewer passes for greedy choice, and draws (others) of the same distribution.
 
     Returns:
         For each prompt the list of new ids, without the stop token that ended it; with
@@ -173,10 +195,13 @@ def generate(
     Raises:
         UserError: if a prompt is empty, has an id outside the vocabulary, or is with the new
             tokens longer than the model's context; if there are not as many seeds as prompts; if
-            `sampling` names ids outside the vocabulary or bans all of it.
+            `sampling` names ids outside the vocabulary or bans all of it; if `speculation` is to
+            go past the context, or its draft model has another vocabulary or too small a context.
     """
-    found = generate_continuations(params, prompt_tokens, config, sampling, key)
-    return [continuation.tokens for continuation in found]
+    found = generate_continuations(
+        params, prompt_tokens, config, sampling, key, speculation=speculation
+    )
+    return [row.tokens for row in found]
 
 
 def generate_continuations(
@@ -185,6 +210,8 @@ def generate_continuations(
     config: ModelConfig,
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
+    *,
+    speculation: "Speculation | None" = None,
 ) -> list[Continuation]:
     """As `generate`, with how each continuation ended and, if asked for, log-probabilities.
 
@@ -194,6 +221,7 @@ def generate_continuations(
         config: as in `generate`.
         sampling: as in `generate`; `logprobs` asks for log-probabilities.
         key: as in `generate`.
+        speculation: as in `generate`.
 
     Raises:
         UserError: as `generate` does; and if log-probabilities are asked for past a full context
@@ -203,106 +231,146 @@ def generate_continuations(
     _check_prompts(prompts, config, sampling)
     n = sampling.num_samples
     if sampling.overflow == "slide":
+        if speculation is not None:
+            raise UserError("speculation does not go past the context; set overflow='error'")
         return _slide_all(params, prompts, config, sampling, key)
     N = sampling.max_new_tokens
     if not prompts or N == 0:
         told = None if sampling.logprobs is None else []
         return [Continuation([], "length", told, told) for _ in range(len(prompts) * n)]
-    call = _prepare(prompts, config, sampling, key)
-    progress = _generate(
-        params,
-        unstack_blocks(params, config)["blocks"],
-        call.prompts_BP,
-        call.length_B,
-        jnp.int32(N),
-        call.draw,
-        config,
-        call.static,
-    )
-    out, counts = np.asarray(progress.out_BN), np.asarray(progress.count_B)
-    done = np.asarray(progress.done_B)
-    details = None if progress.details is None else Details(*map(np.asarray, progress.details))
-    return [
-        _continuation(out[row, :count].tolist(), bool(done[row]), details, row)
-        for row, count in enumerate(counts)
-    ]
+    ahead = 0 if speculation is None else speculation.tokens
+    call = _prepare(prompts, config, sampling, key, ahead)
+    if speculation is None:
+        decoding = decoding_params(params, config)
+        drawn = _generate(params, decoding, call.prompts, call.draw, config, call.static)
+    else:
+        from gptjax.speculation import check_speculation, generate_speculatively
+
+        check_speculation(speculation, max(map(len, prompts)), N, config)
+        drawn = generate_speculatively(
+            params, call.prompts, call.draw, config, call.static, speculation
+        )
+    drawn = jax.tree.map(np.asarray, drawn)
+    return [continuation(drawn, row) for row in range(len(prompts) * n)]
 
 
-def _continuation(tokens: list[int], done: bool, details: Details | None, row: int) -> Continuation:
-    finish = "stop" if done else "length"
+class Drawn(NamedTuple):
+    """What `Progress` has for the caller."""
+
+    stopped_B: Any
+    out_BN: Any
+    count_B: Any
+    details: Details | None
+
+
+def drawn_so_far(progress: Progress) -> Drawn:
+    """What has been drawn, without what drawing on needs."""
+    return Drawn(progress.stopped_B, progress.out_BN, progress.count_B, progress.details)
+
+
+def continuation(drawn: Drawn, row: int) -> Continuation:
+    """One row of what was drawn, on the host, which must have come to its end."""
+    count, details = int(drawn.count_B[row]), drawn.details
+    tokens = drawn.out_BN[row, :count].tolist()
+    finish = "stop" if drawn.stopped_B[row] else "length"
     if details is None:
         return Continuation(tokens, finish)
-    places = range(len(tokens))
-    ids, logprobs = details.top_ids_BNK[row].tolist(), details.top_logprobs_BNK[row].tolist()
+    ids, logprobs = (x[row, :count].tolist() for x in details[1:])
     return Continuation(
         tokens,
         finish,
-        details.logprob_BN[row, : len(tokens)].tolist(),
-        [list(zip(ids[place], logprobs[place], strict=True)) for place in places],
+        details.logprob_BN[row, :count].tolist(),
+        [list(zip(*place, strict=True)) for place in zip(ids, logprobs, strict=True)],
     )
 
 
-class _Static(NamedTuple):
+class Static(NamedTuple):
     """What a compiled program depends on beside the model and the number of rows."""
 
     filters: Filters
     slots: int
+    """Of the cache, for each row."""
     room: int
+    """How many tokens drawn fit in, for each row."""
     samples: int
+    """How many rows each prompt is drawn for."""
     logprobs: int | None
 
 
 class _Call(NamedTuple):
     """A call's arguments in the shapes that it is compiled for."""
 
-    prompts_BP: jax.Array
-    length_B: jax.Array
+    prompts: Prompts
     draw: Draw
-    static: _Static
+    static: Static
 
 
 def _prepare(
-    prompts: list[list[int]], config: ModelConfig, sampling: Sampling, key: jax.Array | None
+    prompts: list[list[int]],
+    config: ModelConfig,
+    sampling: Sampling,
+    key: jax.Array | None,
+    ahead: int = 0,
 ) -> _Call:
-    N = sampling.max_new_tokens
+    """A call's arguments; `ahead` tokens may be read before it is known that they are drawn."""
+    N, n = sampling.max_new_tokens, sampling.num_samples
+    longest = max(map(len, prompts))
+    P = bucket(longest, config.context_length)
+    keys_B = _all_keys(len(prompts), sampling, key)
+    draw, static = split_draw(sampling, config)
+    static = static._replace(
+        # The last token drawn is never read, so it needs no slot.
+        slots=slot_bucket(max(longest + N - 1 + ahead, P), config),
+        room=bucket(N, config.context_length),
+        samples=n,
+    )
+    limit_B = np.full(len(prompts) * n, N, np.int32)
+    return _Call(pack(prompts, P, keys_B, limit_B), draw, static)
+
+
+def pack(prompts: list[list[int]], width: int, keys_B: jax.Array, limit_B: Any) -> Prompts:
+    """Prompts of at most `width` tokens as arrays."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    P = bucket(int(lengths.max()), config.context_length)
-    padded = np.zeros((len(prompts), P), np.int32)
+    padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-    keys_B = _sample_keys(_row_keys(len(prompts), sampling, key), sampling.num_samples)
+    return Prompts(jnp.asarray(padded), jnp.asarray(lengths), keys_B, jnp.asarray(limit_B))
+
+
+def split_draw(sampling: Sampling, config: ModelConfig) -> tuple[Draw, Static]:
+    """The traced and the static part of a `Sampling`, the latter without sizes."""
     stop = sorted({token for token in sampling.stop if isinstance(token, int)})
     # Padding by -1, which is no token, to a length that other sets of stop tokens share.
     stop_ids = np.full(bucket(max(len(stop), 1), 2**30, least=4), -1, np.int32)
     stop_ids[: len(stop)] = stop
     filters, values = split_sampling(sampling)
-    static = _Static(
-        filters=filters,
-        # The last token drawn is never read, so it needs no slot.
-        slots=bucket(int(lengths.max()) + N - 1, config.context_length),
-        room=bucket(N, config.context_length),
-        samples=sampling.num_samples,
-        logprobs=None if sampling.logprobs is None else min(sampling.logprobs, config.vocab_size),
-    )
-    draw = Draw(keys_B, jnp.asarray(stop_ids), values)
-    return _Call(jnp.asarray(padded), jnp.asarray(lengths), draw, static)
+    told = None if sampling.logprobs is None else min(sampling.logprobs, config.vocab_size)
+    static = Static(filters, slots=0, room=0, samples=1, logprobs=told)
+    return Draw(jnp.asarray(stop_ids), values), static
 
 
-def _row_keys(rows: int, sampling: Sampling, key: jax.Array | None) -> jax.Array:
-    """A random key for each prompt."""
+def prompt_keys(indices: Sequence[int], sampling: Sampling, key: jax.Array | None) -> jax.Array:
+    """A random key for each prompt, by its index among all."""
     if sampling.seeds is not None:
-        return jax.vmap(jax.random.key)(np.array(sampling.seeds, np.uint32))
+        seeds = np.array([sampling.seeds[index] for index in indices], np.uint32)
+        return jax.vmap(jax.random.key)(seeds)
     base = jax.random.key(0) if key is None else key
-    return jax.vmap(partial(jax.random.fold_in, base))(np.arange(rows))
+    return jax.vmap(partial(jax.random.fold_in, base))(np.array(indices, np.int32))
 
 
-def _sample_keys(keys_B: jax.Array, samples: int) -> jax.Array:
-    """A key for each sample of each prompt; the first is the prompt's own."""
-    if samples == 1:
+def sample_keys(keys_B: jax.Array, sample_B: Any) -> jax.Array:
+    """The key of a sample of a prompt, by its index; the first has the prompt's own."""
+    sample_B = jnp.asarray(sample_B)
+    return jnp.where(sample_B == 0, keys_B, jax.vmap(jax.random.fold_in)(keys_B, sample_B))
+
+
+def _all_keys(prompts: int, sampling: Sampling, key: jax.Array | None) -> jax.Array:
+    """A key for each sample of each prompt."""
+    n = sampling.num_samples
+    keys_B = prompt_keys(range(prompts), sampling, key)
+    if n == 1:
         return keys_B
-    further = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(samples)))
-    keys_BS = further(keys_B).at[:, 0].set(keys_B)
-    return keys_BS.reshape(-1)
+    return sample_keys(jnp.repeat(keys_B, n), np.tile(np.arange(n), prompts))
 
 
 def stream(
@@ -341,24 +409,17 @@ def stream(
     if N == 0:
         return
     call = _prepare(prompts, config, sampling, key)
-    progress = _start_jit(
-        params,
-        call.prompts_BP,
-        call.length_B,
-        call.draw,
-        config,
-        call.static,
-    )
-    params = unstack_blocks(params, config)
+    progress = start(params, call.prompts, call.draw, config, call.static)
+    params = decoding_params(params, config)
+    steps = jnp.int32(tokens_per_dispatch)
     given = 0
     while True:
         count = int(progress.count_B[0])
         yield from np.asarray(progress.out_BN[0, given:count]).tolist()
         given = count
-        if count >= N or bool(progress.done_B[0]):
+        if count >= N or bool(progress.stopped_B[0]):
             return
-        until = jnp.int32(min(count + tokens_per_dispatch, N))
-        progress = _advance_jit(params, progress, until, call.draw, config, call.static)
+        progress = _advance_jit(params, progress, steps, call.draw, config, call.static)
 
 
 def _slide_all(
@@ -371,7 +432,7 @@ def _slide_all(
     """Continues prompts past the context, one after another."""
     if sampling.logprobs is not None:
         raise UserError("logprobs are not told past a full context; set overflow='error'")
-    keys = _sample_keys(_row_keys(len(prompts), sampling, key), sampling.num_samples)
+    keys = _all_keys(len(prompts), sampling, key)
     one = sampling.replace(seeds=None, num_samples=1)
     repeated = [prompt for prompt in prompts for _ in range(sampling.num_samples)]
     return [_slide(params, prompt, config, one, keys[row]) for row, prompt in enumerate(repeated)]
@@ -401,75 +462,132 @@ def _slide(
     return Continuation(new, "length")
 
 
-def _start(
-    params: Params,
-    prompts_BP: jax.Array,
-    length_B: jax.Array,
-    draw: Draw,
-    config: ModelConfig,
-    static: _Static,
+def read_prompts(
+    params: Params, prompts: Prompts, draw: Draw, config: ModelConfig, static: Static
 ) -> Progress:
     """Reads the prompts and draws each row's first token."""
-    B, room = prompts_BP.shape[0], static.room
-    cache = init_cache(config, B, static.slots)
-    logits_BV, cache = prefill(params, prompts_BP, length_B, cache, config)
+    tokens_BP, length_B, keys_B, limit_B = prompts
+    cache = init_cache(config, len(tokens_BP), static.slots)
+    logits_BV, cache = prefill(params, tokens_BP, length_B, cache, config)
     history = None
     if static.filters.penalties:
-        history = start_history(prompts_BP, length_B, config.vocab_size)
+        history = start_history(tokens_BP, length_B, config.vocab_size)
     if static.samples > 1:
         # Prompts are read once; from here on each sample is a row.
         each = partial(jnp.repeat, repeats=static.samples, axis=0)
         logits_BV, cache, length_B, history = jax.tree.map(
             each, (logits_BV, cache, length_B, history)
         )
-    rows = B * static.samples
+    state = DecodeState(cache, jnp.zeros_like(length_B), length_B)
+    progress = nothing_drawn(state, keys_B, limit_B, history, static)
+    return _drawn(progress, logits_BV, draw, static)
+
+
+def nothing_drawn(
+    state: DecodeState,
+    keys_B: jax.Array,
+    limit_B: jax.Array,
+    history: History | None,
+    static: Static,
+) -> Progress:
+    """Rows that nothing has been drawn for yet."""
+    B, room = len(limit_B), static.room
     details = None
     if static.logprobs is not None:
-        shape = (rows, room, static.logprobs)
+        shape = (B, room, static.logprobs)
         details = Details(
-            jnp.zeros((rows, room)), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+            jnp.zeros((B, room)), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
         )
-    empty = Progress(
-        index=jnp.int32(0),
-        state=DecodeState(cache, jnp.zeros(rows, jnp.int32), length_B),
-        done_B=jnp.zeros(rows, bool),
-        out_BN=jnp.zeros((rows, room), jnp.int32),
-        count_B=jnp.zeros(rows, jnp.int32),
+    return Progress(
+        state=state,
+        keys_B=keys_B,
+        limit_B=limit_B,
+        stopped_B=jnp.zeros(B, bool),
+        out_BN=jnp.zeros((B, room), jnp.int32),
+        count_B=jnp.zeros(B, jnp.int32),
         history=history,
         details=details,
     )
-    return _drawn(empty, logits_BV, draw, static)
 
 
-def _advance(
+def open_rows(progress: Progress) -> jax.Array:
+    """Which rows more is to be drawn for, `[B]` bool."""
+    return ~progress.stopped_B & (progress.count_B < progress.limit_B)
+
+
+def advance(
     params: Params,
     progress: Progress,
-    until: jax.Array,
+    steps: jax.Array,
     draw: Draw,
     config: ModelConfig,
-    static: _Static,
+    static: Static,
+    *,
+    enough: jax.Array | int = 0,
 ) -> Progress:
-    """Draws more tokens, until there are so many or all rows have ended."""
+    """Draws more tokens for the rows that are open; the others stay as they are.
 
-    def unfinished(progress: Progress) -> jax.Array:
-        return (progress.index < until) & ~jnp.all(progress.done_B)
+    Args:
+        params: with unstacked blocks.
+        progress: as it is.
+        steps: the most tokens to draw for a row, a scalar.
+        draw: how to draw.
+        config: the model.
+        static: how the program is compiled.
+        enough: once no more rows than this are open, nothing more is drawn.
+    """
 
-    def body(progress: Progress) -> Progress:
+    def unfinished(carry: tuple[jax.Array, Progress]) -> jax.Array:
+        step, progress = carry
+        return (step < steps) & (jnp.sum(open_rows(progress)) > enough)
+
+    def body(carry: tuple[jax.Array, Progress]) -> tuple[jax.Array, Progress]:
+        step, progress = carry
         logits_BV, state = decode_step(params, progress.state, config)
-        return _drawn(progress._replace(state=state), logits_BV, draw, static)
+        # A row that has ended reads its last token again, in the same slot: it does not grow beyond
+        # the cache or the context while it waits for the others.
+        length_B = jnp.where(open_rows(progress), state.length_B, progress.state.length_B)
+        progress = progress._replace(state=state._replace(length_B=length_B))
+        return step + 1, _drawn(progress, logits_BV, draw, static)
 
-    return jax.lax.while_loop(unfinished, body, progress)
+    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), progress))[1]
 
 
-def _drawn(progress: Progress, logits_BV: jax.Array, draw: Draw, static: _Static) -> Progress:
-    """With one more token a row, drawn from its logits."""
-    index, history, details = progress.index, progress.history, progress.details
-    # A key for each row and index: what a row draws does not depend on when others end.
-    step_keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys_B, index)
-    token_B = sample(logits_BV, step_keys, static.filters, draw.values, history)
+def _drawn(progress: Progress, logits_BV: jax.Array, draw: Draw, static: Static) -> Progress:
+    """With one more token in each open row, drawn from its logits."""
+    # A key for each row and index: what a row draws does not depend on when others begin or end.
+    step_keys = jax.vmap(jax.random.fold_in)(progress.keys_B, progress.count_B)
+    token_B = sample(logits_BV, step_keys, static.filters, draw.values, progress.history)
+    return record(progress, token_B, open_rows(progress), logits_BV, draw, static)
+
+
+def record(
+    progress: Progress,
+    token_B: jax.Array,
+    open_B: jax.Array,
+    logits_BV: jax.Array,
+    draw: Draw,
+    static: Static,
+) -> Progress:
+    """With one more token in some rows.
+
+    Args:
+        progress: as it is.
+        token_B: the token of each row.
+        open_B: bool, the rows that get theirs.
+        logits_BV: what the model says of the token, before penalties and filters.
+        draw: which tokens stop a row.
+        static: how the program is compiled.
+    """
+    count_B, history, details = progress.count_B, progress.history, progress.details
+    # Past the end for the other rows, where writing is dropped.
     if history is not None:
-        history = extend_history(history, token_B)
-    write = partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=1)
+        history = extend_history(history, jnp.where(open_B, token_B, logits_BV.shape[-1]))
+    places = jnp.arange(len(count_B)), jnp.where(open_B, count_B, static.room)
+
+    def write(x: jax.Array, new: jax.Array) -> jax.Array:
+        return x.at[places].set(new, mode="drop")
+
     if details is not None and static.logprobs is not None:
         logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
         top_BK, ids_BK = jax.lax.top_k(logprobs_BV, static.logprobs)
@@ -478,13 +596,12 @@ def _drawn(progress: Progress, logits_BV: jax.Array, draw: Draw, static: _Static
             write(details.top_ids_BNK, ids_BK),
             write(details.top_logprobs_BNK, top_BK),
         )
-    done_B = progress.done_B | jnp.isin(token_B, draw.stop_ids)
-    return Progress(
-        index=index + 1,
-        state=progress.state._replace(token_B=token_B),
-        done_B=done_B,
+    is_stop_B = jnp.isin(token_B, draw.stop_ids)
+    return progress._replace(
+        state=progress.state._replace(token_B=jnp.where(open_B, token_B, progress.state.token_B)),
+        stopped_B=progress.stopped_B | (open_B & is_stop_B),
         out_BN=write(progress.out_BN, token_B),
-        count_B=progress.count_B + ~done_B,
+        count_B=count_B + (open_B & ~is_stop_B),
         history=history,
         details=details,
     )
@@ -493,51 +610,81 @@ def _drawn(progress: Progress, logits_BV: jax.Array, draw: Draw, static: _Static
 @partial(jax.jit, static_argnames=("config", "static"))
 def _generate(
     params: Params,
-    blocks: tuple[Params, ...],
-    prompts_BP: jax.Array,
-    length_B: jax.Array,
-    max_new: jax.Array,
+    decoding: Params,
+    prompts: Prompts,
     draw: Draw,
     config: ModelConfig,
-    static: _Static,
-) -> Progress:
-    """The whole of a batch in one program: its rows as they end, without their cache."""
-    progress = _start(params, prompts_BP, length_B, draw, config, static)
-    unstacked = {**params, "blocks": blocks}
-    progress = _advance(unstacked, progress, max_new, draw, config, static)
-    nothing = DecodeState((), progress.state.token_B, progress.state.length_B)
-    return progress._replace(state=nothing, history=None)
+    static: Static,
+) -> Drawn:
+    """The whole of a batch in one program."""
+    progress = read_prompts(params, prompts, draw, config, static)
+    steps = jnp.max(prompts.limit_B)
+    return drawn_so_far(advance(decoding, progress, steps, draw, config, static))
 
 
-_start_jit = partial(jax.jit, static_argnames=("config", "static"))(_start)
-_advance_jit = partial(jax.jit, static_argnames=("config", "static"), donate_argnames="progress")(
-    _advance
-)
+start = jax.jit(read_prompts, static_argnames=("config", "static"))
+_advance_jit = jax.jit(advance, static_argnames=("config", "static"), donate_argnames="progress")
 
 
-def bucket(size: int, limit: int, least: int = 16) -> int:
-    """The next power of two, at most the limit: few shapes, so few compilations."""
-    return min(max(least, 1 << (size - 1).bit_length()), limit)
+def bucket(size: int, limit: int, least: int = 16, parts: int = 1) -> int:
+    """The next power of two, at most the limit: few shapes, so few compilations.
+
+    Args:
+        size: at least 1.
+        limit: the most.
+        least: the least, itself a power of two.
+        parts: how many sizes there are up to the next power of two.
+    """
+    power = max(least, 1 << (size - 1).bit_length())
+    step = max(least, power // (2 * parts))
+    return min(-(-size // step) * step, limit)
+
+
+def slot_bucket(slots: int, config: ModelConfig) -> int:
+    """How many slots a cache gets that needs so many.
+
+    In finer steps than other lengths, since every decode step reads all of the cache.
+    """
+    return bucket(slots, config.context_length, parts=4)
 
 
 def _check_prompts(prompts: list[list[int]], config: ModelConfig, sampling: Sampling) -> None:
+    otherwise = ", or set overflow='slide' to go on from the last half of a full context"
     for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {row} is empty; give at least one token")
-        for token in (min(prompt), max(prompt)):
-            if not 0 <= token < config.vocab_size:
-                raise UserError(
-                    f"prompt {row} has token id {token}, but ids run from 0 to "
-                    f"{config.vocab_size - 1}; is it this model's tokenizer?"
-                )
-        total = len(prompt) + sampling.max_new_tokens
-        if sampling.overflow == "error" and total > config.context_length:
+        check_prompt(f"prompt {row}", prompt, config)
+        if sampling.overflow == "error":
+            check_length(f"prompt {row}", prompt, sampling.max_new_tokens, config, otherwise)
+    check_sampling(config, sampling)
+    if sampling.seeds is not None and len(sampling.seeds) != len(prompts):
+        raise UserError(f"{len(sampling.seeds)} seeds for {len(prompts)} prompts; one a prompt")
+
+
+def check_prompt(name: str, prompt: list[int], config: ModelConfig) -> None:
+    """Raises UserError for a prompt, told by its name, that is empty or not of this model."""
+    if not prompt:
+        raise UserError(f"{name} is empty; give at least one token")
+    for token in (min(prompt), max(prompt)):
+        if not 0 <= token < config.vocab_size:
             raise UserError(
-                f"prompt {row} of {len(prompt)} tokens and {sampling.max_new_tokens} new ones "
-                f"exceed the model's context of {config.context_length}; shorten the prompt or ask "
-                f"for at most {max(config.context_length - len(prompt), 0)} new tokens, or set "
-                "overflow='slide' to go on from the last half of a full context"
+                f"{name} has token id {token}, but ids run from 0 to {config.vocab_size - 1}; is "
+                "it this model's tokenizer?"
             )
+
+
+def check_length(
+    name: str, prompt: list[int], max_new_tokens: int, config: ModelConfig, otherwise: str = ""
+) -> None:
+    """Raises UserError for a prompt that is too long; `otherwise` names one more way out."""
+    if len(prompt) + max_new_tokens > config.context_length:
+        raise UserError(
+            f"{name} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's "
+            f"context of {config.context_length}; shorten the prompt or ask for at most "
+            f"{max(config.context_length - len(prompt), 0)} new tokens{otherwise}"
+        )
+
+
+def check_sampling(config: ModelConfig, sampling: Sampling) -> None:
+    """Raises UserError where `sampling` names ids that the model has not, or bans all it has."""
     named = [token for token, _ in sampling.logit_bias] + list(sampling.banned)
     for token in named:
         if not 0 <= token < config.vocab_size:
@@ -547,5 +694,3 @@ def _check_prompts(prompts: list[list[int]], config: ModelConfig, sampling: Samp
             )
     if len(set(sampling.banned)) == config.vocab_size:
         raise UserError("banned holds the whole vocabulary; leave at least one token")
-    if sampling.seeds is not None and len(sampling.seeds) != len(prompts):
-        raise UserError(f"{len(sampling.seeds)} seeds for {len(prompts)} prompts; one a prompt")

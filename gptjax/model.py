@@ -16,12 +16,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.attention import attention
 from gptjax.config import ModelConfig
+from gptjax.devices import compute_dtype
 from gptjax.errors import UserError
+from gptjax.layouts import Int8, OutputsFirst, join_qkv, split_scale, to_int8
 from gptjax.params import Params
 from gptjax.sharding import constrain
 
 if TYPE_CHECKING:
     from gptjax.tokenizer import Tokenizer
+
+
+FEW_ROWS = 64
+"""Up to so many rows a CPU is faster with the kernel on the left (`matmul_outputs_first`)."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,10 @@ class Model:
 
 
 class LayerCache(NamedTuple):
-    """Keys and values that one block has seen, each `[B, S, K, C]`."""
+    """Keys and values that one block has seen, each `[B, K, S, C]`: arrays, or both `Int8`."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Any
+    values: Any
 
 
 class Context(NamedTuple):
@@ -186,7 +192,9 @@ def run_blocks(
         return x_BTD, None if cache is None else tuple(extended)
 
     # Cast before the loop, so that what is gathered over a mesh inside it is in the small dtype.
-    blocks = jax.tree.map(lambda w: w.astype(x_BTD.dtype), blocks)
+    is_int8 = lambda w: isinstance(w, Int8)  # noqa: E731
+    cast = lambda w: w if is_int8(w) else w.astype(x_BTD.dtype)  # noqa: E731
+    blocks = jax.tree.map(cast, blocks, is_leaf=is_int8)
 
     def body(x_BTD: jax.Array, layer: tuple[Params, Layer, jax.Array | None, LayerCache | None]):
         params, traits, key, layer_cache = layer
@@ -201,7 +209,7 @@ def run_blocks(
     )
     if stacked is None:
         return x_BTD, None
-    return x_BTD, tuple(LayerCache(*layer) for layer in zip(*stacked, strict=True))
+    return x_BTD, tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(L))
 
 
 def layer_traits(config: ModelConfig) -> Layer:
@@ -278,9 +286,10 @@ def self_attention(
 
     k_BSKC, v_BSKC = k_BTKC, v_BTKC
     if cache is not None:
+        assert context.slots_BT is not None
         with jax.named_scope("cache"):
             cache = write_cache(cache, k_BTKC, v_BTKC, context.slots_BT)
-            k_BSKC, v_BSKC = (c.astype(q_BTHC.dtype) for c in cache)
+            k_BSKC, v_BSKC = (c.astype(q_BTHC.dtype).swapaxes(1, 2) for c in cache)
     with jax.named_scope("scores"):
         out_BTHC = attention(
             q_BTHC,
@@ -301,24 +310,12 @@ def project_qkv(
     params: Params, x_BTD: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries `[B, T, H, C]`, keys and values `[B, T, K, C]`."""
-    B, T, D = x_BTD.shape
+    B, T, _ = x_BTD.shape
     H, K, C = config.num_heads, config.kv_heads, config.head_width
-    names = ("query", "key", "value")
-    biases = [params.get(f"{name}_bias") for name in names]
-    if T == 1:
-        # Decoding reads every weight for one token: copying them together would double that.
-        q, k, v = (
-            linear(x_BTD, params[name], bias) for name, bias in zip(names, biases, strict=True)
-        )
-        return q, k, v
-
-    # One wide product instead of three. Joined by key head, so that a split of the heads over a
-    # mesh stays where it is.
-    def join(parts: list[jax.Array], outer: tuple[int, ...]) -> jax.Array:
-        return jnp.concatenate([part.reshape(*outer, K, -1, C) for part in parts], axis=-2)
-
-    kernel = join([params[name].astype(x_BTD.dtype) for name in names], (D,))
-    bias = None if biases[0] is None else join([b for b in biases if b is not None], ())
+    if "qkv" in params:
+        kernel, bias = params["qkv"], params.get("qkv_bias")
+    else:
+        kernel, bias = join_qkv(params, config)
     qkv_BTKNC = linear(x_BTD, kernel, bias)
     # A split, whose gradient is one concatenation; three slices would be padded and added.
     q, k, v = jax.lax.split(qkv_BTKNC, (H // K, 1, 1), axis=3)
@@ -327,12 +324,15 @@ def project_qkv(
 
 def mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
     """The feed-forward layer, gated or plain."""
-    h_BTF = linear(x_BTD, params["up"], params.get("up_bias"))
-    if config.gated_mlp:
-        gate_BTF = linear(x_BTD, params["gate"], params.get("gate_bias"))
-        h_BTF = activate(gate_BTF, config) * h_BTF
+    if "gate_up" in params:
+        both_BT2F = linear(x_BTD, params["gate_up"], params.get("gate_up_bias"))
+        gate_BTF, h_BTF = both_BT2F[:, :, 0], both_BT2F[:, :, 1]
     else:
-        h_BTF = activate(h_BTF, config)
+        gate_BTF = None
+        if config.gated_mlp:
+            gate_BTF = linear(x_BTD, params["gate"], params.get("gate_bias"))
+        h_BTF = linear(x_BTD, params["up"], params.get("up_bias"))
+    h_BTF = activate(h_BTF, config) if gate_BTF is None else activate(gate_BTF, config) * h_BTF
     h_BTF = constrain(h_BTF, "batch", "sequence", "mlp")
     return linear(h_BTF, params["down"], params.get("down_bias"))
 
@@ -380,15 +380,37 @@ def _inner_tanh(x: jax.Array) -> jax.Array:
 gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)
 
 
-def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
-    """x · kernel + bias over the last `inputs` dimensions of x and the first of the kernel."""
-    outer, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
-    width = math.prod(kernel.shape[:inputs])
-    out = matmul(x.reshape(*outer, width), kernel.astype(x.dtype).reshape(width, -1))
+def linear(x: jax.Array, kernel: Any, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
+    """x · kernel + bias over the last `inputs` dimensions of x and the inputs of the kernel.
+
+    The kernel is an array, `[*inputs, *outputs]`, or in one of the forms of `layouts`.
+    """
+    outer, width = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
+    if isinstance(kernel, OutputsFirst):
+        weights, scale = split_scale(kernel.kernel, x.dtype)
+        outputs = weights.shape[: weights.ndim - inputs]
+        out = matmul_outputs_first(x.reshape(*outer, width), weights.reshape(-1, width))
+    else:
+        weights, scale = split_scale(kernel, x.dtype)
+        outputs = weights.shape[inputs:]
+        out = matmul(x.reshape(*outer, width), weights.reshape(width, -1))
+    if scale is not None:
+        out = out * along_last(scale, out)
     # Rematerialization does not look into a custom_vjp for products: it goes by this name.
     out = checkpoint_name(out, "product")
     out = out.reshape(*outer, *outputs)
     return out if bias is None else out + along_last(bias.astype(x.dtype), out)
+
+
+def matmul_outputs_first(x: jax.Array, kernel_OI: jax.Array, dtype: Any = None) -> jax.Array:
+    """`[..., I]` times the transpose of `[O, I]`, for few rows of x on a CPU.
+
+    The kernel stands on the left, which is the order that XLA's CPU backend is fast in. The
+    barriers keep it from turning that round.
+    """
+    x_IN = materialized(x.reshape(-1, x.shape[-1]).T)
+    out_ON = jax.lax.dot(kernel_OI, x_IN, preferred_element_type=dtype)
+    return materialized(out_ON).T.reshape(*x.shape[:-1], -1)
 
 
 def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -537,7 +559,11 @@ def embed(
     params: Params, tokens_BT: jax.Array, positions: jax.Array, config: ModelConfig, dtype: Any
 ) -> jax.Array:
     """Token vectors, with position vectors added where the model learns them: `[B, T, D]`."""
-    x_BTD = look_up(constrain(params["tokens"], "vocab", None), tokens_BT).astype(dtype)
+    table = params["tokens"]
+    if isinstance(table, Int8):
+        x_BTD = table[tokens_BT].astype(dtype)
+    else:
+        x_BTD = look_up(constrain(table, "vocab", None), tokens_BT).astype(dtype)
     if config.position == "learned":
         x_BTD = x_BTD + params["positions"][positions].astype(dtype)
     return normalize(x_BTD, params["norm"], config) if config.embedding_norm else x_BTD
@@ -546,18 +572,29 @@ def embed(
 def unembed(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
     """Float32 logits `[B, T, V]` of normalized hidden states."""
     with jax.named_scope("unembed"):
-        kernel_VD = unembedding(params, config)
-        logits_BTV = jnp.einsum(
-            "btd,vd->btv", x_BTD, kernel_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32
-        )
+        kernel_VD, scale_V = split_scale(_output_kernel(params, config), x_BTD.dtype)
+        kernel_VD = constrain(kernel_VD, "vocab", None)
+        if jax.default_backend() == "cpu" and x_BTD.shape[0] * x_BTD.shape[1] <= FEW_ROWS:
+            logits_BTV = matmul_outputs_first(x_BTD, kernel_VD, jnp.float32)
+        else:
+            logits_BTV = jnp.einsum(
+                "btd,vd->btv", x_BTD, kernel_VD, preferred_element_type=jnp.float32
+            )
+        if scale_V is not None:
+            logits_BTV = logits_BTV * along_last(scale_V.astype(jnp.float32), logits_BTV)
         logits_BTV = constrain(logits_BTV, "batch", "sequence", "vocab")
         return softcap(logits_BTV, config.logit_softcap)
 
 
 def unembedding(params: Params, config: ModelConfig) -> jax.Array:
     """The output matrix `[V, D]`, whole over the width so that only the vocabulary is split."""
-    kernel = params["embed"]["tokens"] if config.tie_embeddings else params["head"]["kernel"]
+    kernel = _output_kernel(params, config)
+    kernel = kernel.astype(jnp.float32) if isinstance(kernel, Int8) else kernel
     return constrain(kernel, "vocab", None)
+
+
+def _output_kernel(params: Params, config: ModelConfig) -> Any:
+    return params["embed"]["tokens"] if config.tie_embeddings else params["head"]["kernel"]
 
 
 def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -600,47 +637,19 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def write_cache(
-    cache: LayerCache, k_BTKC: jax.Array, v_BTKC: jax.Array, slots_BT: jax.Array | None
+    cache: LayerCache, k_BTKC: jax.Array, v_BTKC: jax.Array, slots_BT: jax.Array
 ) -> LayerCache:
     """Writes new keys and values into each row's own slots; slots past the end are dropped."""
-    rows = jnp.arange(k_BTKC.shape[0])[:, None]
+    B, _, K, _ = k_BTKC.shape
+    # All three are spelled out, heads too: with a slice for the heads and one row of one token, XLA
+    # makes it an update of a slice, and then copies the whole cache in every decode step.
+    places = (jnp.arange(B)[:, None, None], jnp.arange(K)[None, None], slots_BT[:, :, None])
 
-    def write(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[rows, slots_BT].set(new.astype(old.dtype), mode="drop")
+    def write(old: Any, new_BTKC: jax.Array) -> Any:
+        new = to_int8(new_BTKC, (3,)) if isinstance(old, Int8) else new_BTKC
+        return jax.tree.map(lambda o, n: o.at[places].set(n.astype(o.dtype), mode="drop"), old, new)
 
     return LayerCache(write(cache.keys, k_BTKC), write(cache.values, v_BTKC))
-
-
-def unstack_blocks(params: Params, config: ModelConfig) -> Params:
-    """The same parameters with the stacked blocks as a tuple of single ones.
-
-    Decoding over a tuple is about twice as fast on a CPU as over a scan, which copies each block's
-    weights out of the stack first.
-    """
-    if isinstance(params["blocks"], tuple):
-        return params
-    take = lambda layer: jax.tree.map(lambda w: _layer(w, layer), params["blocks"])  # noqa: E731
-    return {**params, "blocks": tuple(take(layer) for layer in range(config.num_layers))}
-
-
-@jax.jit
-def _layer(stacked: jax.Array, layer: int | jax.Array) -> jax.Array:
-    # One small program for all layers of a shape; one large program for all would compile for
-    # seconds.
-    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
-
-
-def compute_dtype(config: ModelConfig) -> Any:
-    """The dtype of matrix work: as configured, or bfloat16 where the default device is fast in it.
-
-    A TPU is, and an NVIDIA GPU from compute capability 8.0 (Ampere) on; a T4 and CPUs are not.
-    """
-    if config.compute_dtype != "auto":
-        return jnp.dtype(config.compute_dtype)
-    device = jax.devices()[0]
-    capability = float(getattr(device, "compute_capability", 0) or 0)
-    fast = device.platform == "tpu" or capability >= 8.0
-    return jnp.dtype(jnp.bfloat16 if fast else jnp.float32)
 
 
 def scan_unroll(config: ModelConfig) -> int:

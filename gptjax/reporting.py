@@ -100,12 +100,12 @@ def keep_steps(path: Path, last: int) -> None:
 
 
 class Progress:
-    """A bar with loss, tokens/s, MFU and time left on a terminal; elsewhere a line now and then.
+    """A bar with a text beside it on a terminal; elsewhere a line now and then.
 
     A context manager. `show=False` prints nothing at all.
     """
 
-    def __init__(self, steps: int, show: bool = True):
+    def __init__(self, steps: int, show: bool = True, task: str = "training", unit: str = "step"):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
@@ -114,7 +114,7 @@ class Progress:
         self._console = Console(highlight=False, quiet=not show)
         self._live = show and self._console.is_terminal
         self._last_line = time.monotonic()
-        self._steps = steps
+        self._steps, self._unit = steps, unit
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -124,7 +124,7 @@ class Progress:
             console=self._console,
             disable=not self._live,
         )
-        self._task = self._bar.add_task("training", total=steps, text="", start=True)
+        self._task = self._bar.add_task(task, total=steps, text="", start=True)
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -170,7 +170,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= every_seconds or step == self._steps:
             self._last_line = now
-            self.message(f"step {step}/{self._steps}  {text}")
+            self.message(f"{self._unit} {step}/{self._steps}  {text}")
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,5 @@
 """Texts and conversations continued: from text to token ids, through `generation`, and back."""
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from gptjax.errors import UserError
 from gptjax.generation import generate, stream
 from gptjax.model import Model
 from gptjax.sampling import Sampling
+from gptjax.speculation import Speculation
 from gptjax.tokenizer import BPETokenizer, StreamDecoder, Tokenizer, encode_prompt
 
 
@@ -18,6 +18,8 @@ def generate_text(
     prompts: str | Sequence[str],
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
+    *,
+    speculation: Speculation | None = None,
 ) -> list[str]:
     """Continues texts.
 
@@ -27,6 +29,7 @@ def generate_text(
         sampling: how to draw. The tokenizer's end-of-text token stops a row as well as
             `sampling.stop` does.
         key: random key; None is `jax.random.key(0)`.
+        speculation: as in `generate`.
 
     Returns:
         The continuations, without the prompts, each cut before the first stop string; with
@@ -36,10 +39,17 @@ def generate_text(
         UserError: if the model has no tokenizer, a text is empty and the tokenizer has no
             end-of-text token, and as `generate` does.
     """
-    tokenizer = _tokenizer(model)
+    tokenizer = tokenizer_of(model)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [prompt_ids(model, text) for text in texts]
-    rows = generate(model.params, ids, model.config, _stopping(model, sampling), key)
+    rows = generate(
+        model.params,
+        ids,
+        model.config,
+        stopping(model, sampling),
+        key,
+        speculation=speculation,
+    )
     continued = [bool(text) for text in texts for _ in range(sampling.num_samples)]
     return [
         "".join(_pieces(tokenizer, row, sampling, continues))
@@ -68,9 +78,9 @@ def stream_text(
     Raises:
         UserError: as `generate_text` does.
     """
-    tokenizer = _tokenizer(model)
+    tokenizer = tokenizer_of(model)
     ids = prompt_ids(model, prompt) if isinstance(prompt, str) else prompt
-    tokens = stream(model.params, ids, model.config, _stopping(model, sampling), key)
+    tokens = stream(model.params, ids, model.config, stopping(model, sampling), key)
     yield from _pieces(tokenizer, tokens, sampling, isinstance(prompt, str) and bool(prompt))
 
 
@@ -78,27 +88,67 @@ def _pieces(
     tokenizer: Tokenizer, ids: Iterable[int], sampling: Sampling, continues: bool
 ) -> Iterator[str]:
     """The text of ids in pieces of whole characters, up to the first stop string."""
-    decoder = StreamDecoder(tokenizer, continues=continues)
-    stops = [stop for stop in sampling.stop if isinstance(stop, str)]
-    held = ""
-    # Without ids that the model has rows for and the tokenizer no tokens (padded vocabularies).
-    decoded = (decoder.push(i) for i in ids if i < tokenizer.vocab_size)
-    for piece in itertools.chain(decoded, (decoder.finish() for _ in range(1))):
-        held += piece
-        ends = [at for at in (held.find(stop) for stop in stops) if at >= 0]
-        if ends:
-            held = held[: min(ends)]
-            break
+    decoder = StoppingDecoder(tokenizer, sampling, continues=continues)
+    for i in ids:
+        if piece := decoder.push(i):
+            yield piece
+        if decoder.has_stopped:
+            return
+    if piece := decoder.finish():
+        yield piece
+
+
+class StoppingDecoder:
+    """Decodes ids one by one, up to the first stop string, never half a character.
+
+    Attributes:
+        has_stopped: whether a stop string has come up; nothing more is then to be decoded.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, *, continues: bool):
+        """Begins a text, or goes on with one, as `StreamDecoder` does."""
+        self._decoder = StreamDecoder(tokenizer, continues=continues)
+        self._vocab_size = tokenizer.vocab_size
+        self._stops = [stop for stop in sampling.stop if isinstance(stop, str)]
+        self._held = ""
+        self.has_stopped = False
+
+    def push(self, i: int) -> str:
+        """The characters that an id completes and that cannot belong to a stop string."""
+        # Without ids that the model has rows for and the tokenizer no tokens (padded vocabularies).
+        if i >= self._vocab_size:
+            return ""
+        self._add(self._decoder.push(i))
+        if self.has_stopped:
+            return self._release(0)
         # What may be the beginning of a stop string waits.
         waiting = max(
-            (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])),
+            (
+                n
+                for stop in self._stops
+                for n in range(1, len(stop))
+                if self._held.endswith(stop[:n])
+            ),
             default=0,
         )
-        ready, held = held[: len(held) - waiting], held[len(held) - waiting :]
-        if ready:
-            yield ready
-    if held:
-        yield held
+        return self._release(waiting)
+
+    def finish(self) -> str:
+        """What is left."""
+        self._add(self._decoder.finish())
+        return self._release(0)
+
+    def _add(self, piece: str) -> None:
+        self._held += piece
+        ends = [at for at in map(self._held.find, self._stops) if at >= 0]
+        if ends:
+            self._held = self._held[: min(ends)]
+            self.has_stopped = True
+
+    def _release(self, waiting: int) -> str:
+        end = len(self._held) - waiting
+        ready, self._held = self._held[:end], self._held[end:]
+        return ready
 
 
 def chat_ids(model: Model, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
@@ -113,7 +163,7 @@ def chat_ids(model: Model, messages: Sequence[dict[str, Any]], **options: Any) -
     Raises:
         UserError: if the model has no chat template, or it refuses the messages.
     """
-    tokenizer = _tokenizer(model)
+    tokenizer = tokenizer_of(model)
     if not isinstance(tokenizer, BPETokenizer) or tokenizer.chat_template is None:
         raise UserError(
             "this model has no chat template; use an instruction-tuned model, or generate_text"
@@ -152,7 +202,7 @@ def prompt_ids(model: Model, text: str) -> list[int]:
     Raises:
         UserError: if the model has no tokenizer, or the text is no Unicode.
     """
-    tokenizer = _tokenizer(model)
+    tokenizer = tokenizer_of(model)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -163,12 +213,13 @@ def prompt_ids(model: Model, text: str) -> list[int]:
     return encode_prompt(tokenizer, text) or starts[:1]
 
 
-def _tokenizer(model: Model) -> Tokenizer:
+def tokenizer_of(model: Model) -> Tokenizer:
+    """The model's tokenizer; raises UserError where it has none."""
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer; use generate() with token ids")
     return model.tokenizer
 
 
-def _stopping(model: Model, sampling: Sampling) -> Sampling:
+def stopping(model: Model, sampling: Sampling) -> Sampling:
     """With the tokens that end the model's texts among the stops."""
     return sampling.replace(stop=(*sampling.stop, *model.stop_ids))

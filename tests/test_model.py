@@ -11,8 +11,9 @@ from small_models import GPT2, MODERN, random_params
 from gptjax.attention import attention
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.layouts import unstack_blocks
 from gptjax.loss import loss_fn
-from gptjax.model import dropout, forward, unstack_blocks
+from gptjax.model import dropout, forward
 from gptjax.params import Params, init_params
 
 CONFIGS = {
