@@ -41,6 +41,10 @@ _HOMES = {
     "generate_queue": "gptjax.batching",
     "generate_texts": "gptjax.batching",
     "generate_file": "gptjax.prompt_files",
+    "Regex": "gptjax.constrained",
+    "JSONSchema": "gptjax.constrained",
+    "ConstrainedText": "gptjax.constrained",
+    "generate_constrained": "gptjax.constrained",
     "beam_search": "gptjax.beams",
     "choose": "gptjax.choice",
     "Score": "gptjax.scoring",
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
     from gptjax.beams import beam_search
     from gptjax.choice import choose
     from gptjax.config import ModelConfig, preset
+    from gptjax.constrained import ConstrainedText, JSONSchema, Regex, generate_constrained
     from gptjax.errors import UserError
     from gptjax.fitting import FitResult, fit
     from gptjax.generation import Continuation, generate, generate_continuations
@@ -74,14 +79,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Completion",
+    "ConstrainedText",
     "Continuation",
     "DraftModel",
     "FitResult",
+    "JSONSchema",
     "LossOptions",
     "Model",
     "ModelConfig",
     "OptimizerConfig",
     "PromptLookup",
+    "Regex",
     "Sampling",
     "Score",
     "TrainState",
@@ -94,6 +102,7 @@ __all__ = [
     "forward",
     "generate",
     "generate_chat",
+    "generate_constrained",
     "generate_continuations",
     "generate_file",
     "generate_queue",

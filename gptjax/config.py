@@ -151,7 +151,7 @@ class ModelConfig:
             shallow model, which XLA then schedules better; one otherwise, so that compile time
             does not grow with depth).
 
-    The last three say how the model is computed and change no value beyond rounding, so a
+    The last four say how the model is computed and change no value beyond rounding, so a
     checkpoint continues under other settings of them (`EXECUTION_FIELDS`).
 
     Raises:

@@ -1,4 +1,4 @@
-"""A device's matrix rate, which utilization is measured against, its dtype and memory; CPU cores."""
+"""A device's matrix rate, which utilization is measured against, its dtype, memory and cores."""
 
 import os
 import time

@@ -97,6 +97,8 @@ def generate_file(
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     tokenizer_of(model)
+    if destination.exists() and source.exists() and destination.samefile(source):
+        raise UserError(f"{destination} is the file of the prompts; give another one to write")
     with _alone(destination):
         done, end = _read_completions(destination)
         prompts = _check_prompts(source, sampling, done)

@@ -1,4 +1,4 @@
-"""The commands about models: generate, chat, convert, verify and doctor."""
+"""The commands about models: generate, batch, chat, convert, verify and doctor."""
 
 import io
 import json
@@ -55,6 +55,33 @@ def test_generate(directory: Path, command: Command) -> None:
     status, _, error = command("gptjax", *arguments, "--max-length", 1)
     assert status == 2
     assert "the prompt alone has" in error
+
+
+def test_batch(directory: Path, tmp_path: Path, command: Command) -> None:
+    model = load(directory)
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    messages = [{"role": "user", "content": "to be?"}]
+    source.write_text('{"prompt": "to be"}\n' + json.dumps({"messages": messages}) + "\n")
+    flags = ("--max-new-tokens", 7, "--temperature", 0, "--stop", "zz", "\n", "--slots", 2)
+    arguments = ("batch", directory, source, destination, *flags)
+    status, out, error = command("gptjax", *arguments)
+    assert (status, error) == (0, "")
+    assert out.splitlines()[0].startswith("completion 2/2  ")
+    assert out.endswith(f"2 completions are added to {destination}\n")
+    sampling = Sampling(max_new_tokens=7, temperature=0, stop=("zz", "\n"))
+    records = [json.loads(line) for line in destination.read_text().splitlines()]
+    assert {record["index"]: record["completion"] for record in records} == {
+        0: generate_text(model, "to be", sampling)[0],
+        1: generate_chat(model, messages, sampling),
+    }
+    # Again: nothing is left to do; and with other settings it is refused.
+    assert command("gptjax", *arguments)[1] == f"0 completions are added to {destination}\n"
+    status, out, error = command("gptjax", *arguments, "--seed", 1)
+    assert (status, out) == (2, "")
+    assert "another seed" in error
+    status, _, error = command("gptjax", "batch", directory, tmp_path / "missing", destination)
+    assert status == 2
+    assert "No such file" in error
 
 
 def test_chat(directory: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
