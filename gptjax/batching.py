@@ -99,29 +99,29 @@ def generate_queue(
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
     *,
-    slots: int = 8,
+    slots: int = 16,
     max_new_tokens: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, Continuation]]:
     """Continues any number of prompts, a fixed number of them at a time.
 
     Each continuation is the one that `generate_continuations` gives for all prompts as one batch,
     whatever the number of slots, and comes as soon as it is complete. Its slot is then filled
-    again, while the others stay where they are. This compiles once for each bucket of lengths: two
-    for each power of two that prompts and their new tokens fit in, and for prompts that begin
-    together one for each power of two of their number. The cache is no longer than the prompts in
-    hand need.
+    again, while the others stay where they are. Decoding is compiled once for each bucket that the
+    length of the cache is rounded up to, which grows and shrinks with what the prompts in hand
+    need; reading prompts once for each power of two that their length fits in and each power of two
+    of prompts that begin together.
 
     Prompts are begun in the order in which they come. When no more are to come, those with the
     most new tokens are begun first, so that the others fill the slots beside them to the end.
 
     Args:
         params: as in `generate`.
-        prompt_tokens: token ids of each prompt. May be a generator, and endless: at most
-            `READ_AHEAD` · `slots` prompts are read before they are begun.
+        prompt_tokens: token ids of each prompt. May be a generator, and endless: `READ_AHEAD` for
+            each slot is the most that are read before they are begun.
         config: as in `generate`.
         sampling: as in `generate_continuations`; `overflow` must be "error".
         key: as in `generate`.
-        slots: how many prompts are continued at a time.
+        slots: how many prompts are continued at a time, samples counted.
         max_new_tokens: for each prompt the most tokens to add, in place of that of `sampling`. Read
             together with the prompts.
 
@@ -153,7 +153,7 @@ def generate_texts(
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
     *,
-    slots: int = 8,
+    slots: int = 16,
     max_new_tokens: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Continues any number of texts and conversations, a fixed number of them at a time.
@@ -384,8 +384,9 @@ class _Queue:
         slots: int,
         watch: Callable[[Request], Watch] | None,
     ):
-        self._params = params
-        self._decoding_params = decoding_params(params, config)
+        # For prompts too: a loop over stacked blocks copies each out of the stack, which takes as
+        # long on a CPU as reading a short prompt.
+        self._params = decoding_params(params, config)
         self._config, self._sampling, self._key = config, sampling, key
         self._draw, self._static = split_draw(sampling, config)
         self._waiting = _Waiting(requests, READ_AHEAD * slots)
@@ -464,7 +465,7 @@ class _Queue:
         used = int(np.sum(~is_free_B))
         steps = self._config.context_length if self._new_watch is None else WATCHED_STEPS
         self._progress, drawn = _advance(
-            self._decoding_params,
+            self._params,
             self._progress,
             is_free_B,
             jnp.int32(steps),

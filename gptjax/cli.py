@@ -79,7 +79,7 @@ class Batch:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
-    slots: int = 8
+    slots: int = 16
 
 
 @dataclass(frozen=True)

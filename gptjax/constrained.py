@@ -175,8 +175,8 @@ def generate_constrained(
     At each place only those tokens can be drawn with which a text that matches can begin (Willard
     and Louf 2023); penalties, biases, temperature and filters work on what these leave, and of two
     divisions of a text into tokens both are allowed. A text ends where the constraint allows
-    nothing after it, or where it matches and a stop token is drawn. So a constraint that has
-    no end of its own (`[a-z]+`) ends by the model's choice, or with `max_new_tokens`.
+    nothing after it, or where it matches and a stop token is drawn. So a constraint that has no end
+    of its own (`[a-z]+`) ends by the model's choice, or with `max_new_tokens`.
 
     A prompt's text does not depend on the prompts beside it. The programs compiled are those of a
     number of rows and powers of two that the lengths fit in: a new constraint does not recompile.
@@ -197,8 +197,8 @@ def generate_constrained(
     Raises:
         UserError: if `stop` holds strings, at which a text would end before it matches; if
             `overflow` is not "error"; if no token of the vocabulary that is not banned can begin a
-            text that matches; if the constraint is more than llguidance can follow; and as
-            `generate_text` does.
+            text that matches; if the constraint matches no text, or is more than llguidance can
+            follow; and as `generate_text` does.
     """
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [prompt_ids(model, p) if isinstance(p, str) else list(map(int, p)) for p in given]
@@ -406,6 +406,7 @@ def _rows(
     sampling: Sampling,
     begins: list[bool],
 ) -> list[_Row]:
+    """One row for each of `begins`, which tells whether no other text stands before it."""
     from llguidance import LLMatcher
 
     V = model.config.vocab_size

@@ -53,7 +53,7 @@ def generate_file(
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
     *,
-    slots: int = 8,
+    slots: int = 16,
     show_progress: bool = True,
 ) -> int:
     """Continues every prompt of a file and writes the completions to another.

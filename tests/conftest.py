@@ -1,7 +1,9 @@
 """Fixtures of all tests."""
 
 import sys
+from collections.abc import Iterator
 
+import jax
 import numpy as np
 import pytest
 from commands import Command, script
@@ -15,6 +17,17 @@ def rng() -> np.random.Generator:
     seed = int(np.random.default_rng().integers(2**32))
     print(f"seed {seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Drops compiled programs after each file.
+
+    On a CPU each keeps memory maps of its own, and Linux ends a process by a segmentation fault in
+    the compiler when it has 65530 of them (`vm.max_map_count`).
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -276,9 +276,10 @@ SCHEMA = {
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS[:3], ids=NAMES[:3])
 def test_json_keeps_to_its_schema(tokenizer: Tokenizer, rng: np.random.Generator) -> None:
-    model = model_of(tokenizer, rng, context=512)
+    model = model_of(tokenizer, rng, context=1200)
     sampling = Sampling(
-        max_new_tokens=480,
+        # More than the longest text has, with all of the whitespace that may be.
+        max_new_tokens=1100,
         num_samples=4,
         seeds=tuple(rng.integers(2**31, size=2).tolist()),
     )
@@ -311,7 +312,7 @@ def test_whitespace_is_as_the_schema_says(rng: np.random.Generator) -> None:
     model = model_of(ByteTokenizer(), rng)
     schema = {"const": [True, {"a": 1}]}
     loose, tight = schema, {**schema, "x-guidance": {"whitespace_flexible": False}}
-    sampling = Sampling(max_new_tokens=90, num_samples=8, logit_bias=((32, 3.0),))
+    sampling = Sampling(max_new_tokens=90, num_samples=8, logit_bias=((32, 30.0),))
     for given, spaced in ((loose, True), (tight, False)):
         texts = [t.text for t in generate_constrained(model, "a", JSONSchema(given), sampling)]
         assert any(" " in text for text in texts) == spaced
@@ -363,7 +364,9 @@ def test_filters_work_on_what_the_constraint_leaves(rng: np.random.Generator) ->
     pushed = tuple((byte, 40.0) for byte in b"xyz")
     letters = Regex("[a-w]{9}")
     for options in ({"top_k": 3}, {"top_p": 0.9, "typical_p": 0.9, "min_p": 1e-3}):
-        sampling = Sampling(max_new_tokens=9, num_samples=8, logit_bias=pushed, **options)
+        sampling = Sampling(
+            max_new_tokens=9, num_samples=8, temperature=3.0, logit_bias=pushed, **options
+        )
         got = generate_constrained(model, "a", letters, sampling)
         assert all(re.fullmatch(letters.pattern, text) for text, _ in got)
         assert len(set(got)) > 1
@@ -396,6 +399,9 @@ def test_a_space_that_begins_a_text_is_dropped_as_in_decoding(
         assert chosen("a", " the") == the
         assert chosen("a", "the") != the
         assert chosen("", " the") != the
+    several = sampling.replace(num_samples=2)
+    got = generate_constrained(model, ["a", "", [5]], Regex(" ?the"), several)
+    assert [text for text, _ in got] == [" the", " the", "the", "the", "the", "the"]
 
 
 @OF_ALL_KINDS
@@ -497,16 +503,23 @@ def test_dead_ends(rng: np.random.Generator) -> None:
     assert got == [ConstrainedText("", True)]
 
 
-def test_no_number_is_nan(rng: np.random.Generator) -> None:
-    """Rows that have ended, and those without a choice, draw from some logits all the same."""
+def test_no_number_is_nan(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that have ended draw from some logits all the same."""
     model = model_of(Words(), rng)
+    original = module._draw
+
+    def draw(logits_BV: jax.Array, allowed_BW: np.ndarray, *further: Any) -> Any:
+        assert allowed_BW.any(axis=1).all()
+        return original(logits_BV, allowed_BW, *further)
+
+    monkeypatch.setattr(module, "_draw", draw)
     with jax.debug_nans(True):
         for options in (
             {"top_k": 3, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9},
             {"frequency_penalty": 2.0, "repetition_penalty": 1.2, "presence_penalty": 1.0},
             {"banned": (1,), "logit_bias": {0: -np.inf}},
         ):
-            sampling = Sampling(max_new_tokens=10, num_samples=8, temperature=4.0, **options)
+            sampling = Sampling(max_new_tokens=10, num_samples=32, temperature=99.0, **options)
             got = generate_constrained(model, "ab", Regex("[ac]|c[abc]{4,20}"), sampling)
             assert len({len(text) for text, _ in got}) > 1
 
@@ -545,7 +558,7 @@ def test_constraints_and_numbers_do_not_recompile(rng: np.random.Generator) -> N
     before = [program._cache_size() for program in programs]
     for regex, prompt, count in (("a{2,3}", "x", 3), ("é+", "abcdef", 8), ("c|d", "y", 1)):
         changed = sampling.replace(
-            max_new_tokens=count, temperature=count / 3, top_p=0.5, seeds=(1, 2), banned=(7,)
+            max_new_tokens=count, temperature=count / 3, top_p=0.5, seeds=(1, 2), banned=(256,)
         )
         generate_constrained(model, [prompt, "bc"], Regex(regex), changed)
     generate_constrained(model, ["x", "y"], JSONSchema({"type": "null"}), sampling)
@@ -583,6 +596,14 @@ def test_a_model_smaller_than_its_tokenizer(rng: np.random.Generator) -> None:
     [got] = generate_constrained(model, [[65]], Regex("[a-z]+"), Sampling(max_new_tokens=9))
     assert re.fullmatch("[a-c]{9}", got.text)
     assert got.complete
+    # Where tokens are spelled in another way at the beginning of a text.
+    tokenizer = llama_like()
+    config = config.replace(vocab_size=tokenizer.vocab_size - 20)
+    model = Model(config, random_params(config, rng), tokenizer)
+    sampling = Sampling(max_new_tokens=9, num_samples=20)
+    for text, complete in generate_constrained(model, "", Regex("[a-z ]+"), sampling):
+        assert complete
+        assert re.fullmatch("[a-z ]+", text)
 
 
 def test_constraints_are_values() -> None:
