@@ -427,12 +427,13 @@ def test_numbers_do_not_recompile(rng: np.random.Generator) -> None:
         ):
             beam_search(params, [[1] * length, [3]], config, **(base | changes))
     assert compiled._cache_size() == before
-    # The next powers of two, once.
-    for size in (17, 22, 30):
-        beam_search(params, [[1] * size, [3]], config, num_beams=3, max_new_tokens=size)
-    assert compiled._cache_size() == before + 1
+    # The next powers of two, and of the cache's quarters between them one for all (48 slots, 64).
+    for more, sizes in ((1, (17, 20, 24)), (2, (25, 28, 31))):
+        for size in sizes:
+            beam_search(params, [[1] * size, [3]], config, num_beams=3, max_new_tokens=size)
+        assert compiled._cache_size() == before + more
     beam_search(params, [[1, 2], [3]], config, **(base | {"num_beams": 2}))
-    assert compiled._cache_size() == before + 2
+    assert compiled._cache_size() == before + 3
 
 
 @STYLES

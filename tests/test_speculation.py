@@ -193,7 +193,7 @@ def test_one_compilation(rng: np.random.Generator) -> None:
     params = random_params(config, rng)
     speculative._generate.clear_cache()
     for _ in range(6):
-        prompt = rng.integers(0, 31, int(rng.integers(1, 16))).tolist()
+        prompt = rng.integers(0, 31, int(rng.integers(8, 16))).tolist()
         sampling = Sampling(
             max_new_tokens=int(rng.integers(17, 20)), temperature=float(rng.uniform(0.5, 2))
         )

@@ -54,10 +54,10 @@ def test_a_space_at_the_seam_stays(
     from gptjax import text_generation
 
     rest = whole[len(start) :]
-    monkeypatch.setattr(text_generation, "generate", lambda *_: [rest])
+    monkeypatch.setattr(text_generation, "generate", lambda *_, **__: [rest])
     assert "hello the" + generate_text(model, "hello the", Sampling())[0] == text
     # What begins a text has none.
-    monkeypatch.setattr(text_generation, "generate", lambda *_: [whole])
+    monkeypatch.setattr(text_generation, "generate", lambda *_, **__: [whole])
     assert generate_text(model, "", Sampling())[0] == text
 
 
