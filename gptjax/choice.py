@@ -159,7 +159,7 @@ def _score(
     cache = jax.tree.map(lambda x: jnp.repeat(x, N, axis=0), cache)
     # Each choice is read up to its last token. Slots past the last one are filling, and dropped.
     slots_NT = jnp.broadcast_to(length + jnp.arange(T - 1), (N, T - 1))
-    x_NTD, _ = hidden_states(params, choices_NT[:, :-1], config, cache=cache, slots=slots_NT)
+    x_NTD, *_ = hidden_states(params, choices_NT[:, :-1], config, cache=cache, slots=slots_NT)
     first_N1V = jnp.broadcast_to(logits_1V[:, None], (N, 1, logits_1V.shape[-1]))
     logits_NTV = jnp.concatenate([first_N1V, unembed(params, x_NTD, config)], axis=1)
     picked_NT1 = jnp.take_along_axis(logits_NTV, choices_NT[:, :, None], axis=-1)

@@ -14,7 +14,7 @@ RopeKind = Literal["linear", "llama3", "yarn"]
 Init = Literal["gpt2", "modern"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 CacheDtype = Literal["auto", "int8"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -131,6 +131,12 @@ class ModelConfig:
         qkv_bias: biases of queries, keys and values; None means `use_bias`.
         out_bias: bias of the attention's output; None means `use_bias`.
         mlp_bias: biases of the feed-forward layer; None means `use_bias`.
+        num_experts: E, feed-forward layers among which a router chooses for each token, each of
+            width `mlp_dim` (Shazeer et al. 2017); None is one for all tokens.
+        experts_per_token: how many the router chooses; their outputs are summed, weighted by the
+            router's probabilities. None is left out and none is full: every choice is computed.
+        shared_experts: how many more there are that every token goes through (Dai et al. 2024).
+        normalize_gates: divide the chosen experts' probabilities by their sum.
         parallel_blocks: attention and feed-forward layer both read the block's input, and both are
             added to it (Wang & Komatsuzaki 2021), where they else follow each other.
         attention_scale: multiplies the products of queries and keys; None means `1 / √head_dim`.
@@ -146,12 +152,15 @@ class ModelConfig:
         cache_dtype: dtype of the keys and values kept in generation: "auto" is the compute dtype,
             "int8" has one scale for each token and head.
         remat: what the backward pass recomputes: "none"; "dots" keeps only matrix products;
-            "full" keeps only block inputs.
+            "full" keeps only block inputs; "offload" keeps these in the host's memory.
         scan_unroll: blocks laid out in a row per scan iteration; None chooses (all of them in a
             shallow model, which XLA then schedules better; one otherwise, so that compile time
             does not grow with depth).
+        pipeline_microbatches: parts that a batch passes through the stages of a mesh in; None is up
+            to four times as many as there are stages, so that at most a fifth of the time is spent
+            filling and emptying them.
 
-    The last four say how the model is computed and change no value beyond rounding, so a
+    The last five say how the model is computed and change no value beyond rounding, so a
     checkpoint continues under other settings of them (`EXECUTION_FIELDS`).
 
     Raises:
@@ -180,6 +189,10 @@ class ModelConfig:
     qkv_bias: bool | None = None
     out_bias: bool | None = None
     mlp_bias: bool | None = None
+    num_experts: int | None = None
+    experts_per_token: int = 2
+    shared_experts: int = 0
+    normalize_gates: bool = True
     parallel_blocks: bool = False
     attention_scale: float | None = None
     inverse_layer_scale: bool = False
@@ -194,12 +207,21 @@ class ModelConfig:
     cache_dtype: CacheDtype = "auto"
     remat: Remat = "none"
     scan_unroll: int | None = None
+    pipeline_microbatches: int | None = None
 
     def __post_init__(self) -> None:
         _check_literals(self)
         for name in ("vocab_size", "context_length", "num_layers", "embed_dim", "num_heads"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
-        for name in ("num_kv_heads", "head_dim", "mlp_dim", "sliding_window", "scan_unroll"):
+        for name in (
+            "num_kv_heads",
+            "head_dim",
+            "mlp_dim",
+            "num_experts",
+            "sliding_window",
+            "scan_unroll",
+            "pipeline_microbatches",
+        ):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; at least 1, or None")
         if self.head_dim is None:
@@ -227,6 +249,15 @@ class ModelConfig:
                 0 <= layer < self.num_layers,
                 f"windowed_layers names block {layer} of {self.num_layers}; they count from 0",
             )
+        _require(
+            self.num_experts is None or 1 <= self.experts_per_token <= self.num_experts,
+            f"experts_per_token is {self.experts_per_token}; from 1 to num_experts, which is "
+            f"{self.num_experts}",
+        )
+        _require(
+            self.shared_experts >= 0 and (self.shared_experts == 0 or self.num_experts is not None),
+            f"shared_experts is {self.shared_experts}; at least 0, and 0 without num_experts",
+        )
         _require(0.0 <= self.dropout < 1.0, f"dropout is {self.dropout}; from 0 up to, not 1")
         _require(
             self.logit_softcap is None or self.logit_softcap > 0,
@@ -288,7 +319,9 @@ class ModelConfig:
         return cls(**fields)
 
 
-EXECUTION_FIELDS = frozenset({"cache_dtype", "compute_dtype", "remat", "scan_unroll"})
+EXECUTION_FIELDS = frozenset(
+    {"cache_dtype", "compute_dtype", "remat", "scan_unroll", "pipeline_microbatches"}
+)
 """Fields of `ModelConfig` that change neither parameters nor the function computed."""
 
 _MODERN: dict[str, Any] = {

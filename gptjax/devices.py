@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,25 +11,63 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 
-# Dense bfloat16 (V100, T4: float16) operations a second of one chip, from the vendors' data sheets,
-# by what `device_kind` contains; the longer name first where one contains another.
-_PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
+
+@dataclass(frozen=True)
+class Chip:
+    """What a vendor's data sheet says of one chip. None is what it does not say.
+
+    Attributes:
+        kind: what JAX's `device_kind` of it contains.
+        flops: dense bfloat16 (V100, T4: float16) operations a second.
+        memory: bytes that a program may use.
+        memory_bandwidth: bytes a second between the chip and this memory.
+        link_bandwidth: bytes a second that it sends over all its fast links together (a TPU's
+            interconnect, NVLink), one way.
+        network_bandwidth: its share, one way, of the network between TPU slices or GPU hosts.
+        linked: chips that the fast links join; None is a whole TPU slice.
+        devices: how many JAX devices it is.
+    """
+
+    kind: str
+    flops: float
+    memory: int | None = None
+    memory_bandwidth: float | None = None
+    link_bandwidth: float | None = None
+    network_bandwidth: float | None = None
+    linked: int | None = None
+    devices: int = 1
+
+
+_GIB = 2**30
+CHIPS = {
+    # Google, docs.cloud.google.com/tpu/docs/{v3, v4, v5e, v5p, v6e, tpu7x}; half of the
+    # bidirectional link bandwidth is one way. The memory is what the TPU compiler says it has for a
+    # program (libtpu 0.0.42), slightly below the data sheet's.
+    "v3": Chip("TPU v3", 123e12, devices=2),
+    "v4": Chip("TPU v4", 275e12),
+    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * _GIB), 819e9, 200e9, 25e9 / 8),
+    "v5p": Chip("TPU v5", 459e12, int(95.74 * _GIB), 2765e9, 600e9, 50e9 / 8),
+    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * _GIB), 1638e9, 400e9, 100e9 / 8),
+    "tpu7x": Chip("TPU7x", 2307e12, int(2 * 94.75 * _GIB), 7380e9, 600e9, 100e9 / 8, devices=2),
+    # NVIDIA's data sheets of the SXM modules; the network is that of the DGX system of 8.
+    "h200": Chip("H200", 989e12, int(141e9), 4.8e12, 450e9, 400e9 / 8, linked=8),
+    "h100": Chip("H100", 989e12, int(80e9), 3.35e12, 450e9, 400e9 / 8, linked=8),
+    "b200": Chip("B200", 2250e12, int(180e9), 8e12, 900e9, 400e9 / 8, linked=8),
+    "a100": Chip("A100", 312e12, int(80e9), 2.039e12, 300e9, 200e9 / 8, linked=8),
+    "a100-40gb": Chip("A100-SXM4-40GB", 312e12, int(40e9), 1.555e12, 300e9, 200e9 / 8, linked=8),
+    "l40s": Chip("L40S", 362e12),
+    "l4": Chip("L4", 121e12),
+    "v100": Chip("V100", 125e12),
+    "t4": Chip("T4", 65e12),
 }
+"""Chips by the names that `gptjax.plan` knows them by."""
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip of a JAX device, or None for a CPU and chips that are not known here."""
+    found = [chip for chip in CHIPS.values() if chip.kind in device_kind]
+    # The longest name, where one contains another.
+    return max(found, key=lambda chip: len(chip.kind), default=None)
 
 
 def cores_as_devices(most: int = 16) -> None:
@@ -63,9 +102,9 @@ def peak_flops(devices: Sequence[Any]) -> float:
     take part in it, whether they are one device or several.
     """
     device = devices[0]
-    for kind, flops in _PEAK_FLOPS.items():
-        if kind in device.device_kind:
-            return flops * len(devices)
+    chip = find_chip(device.device_kind)
+    if chip is not None:
+        return chip.flops / chip.devices * len(devices)
     width = 1024
     x = jax.device_put(jnp.ones((width, width)), device)
     product = jax.jit(jnp.matmul)
@@ -112,5 +151,23 @@ def compute_dtype(config: ModelConfig) -> Any:
         return jnp.dtype(config.compute_dtype)
     device = jax.devices()[0]
     capability = float(getattr(device, "compute_capability", 0) or 0)
-    fast = device.platform == "tpu" or capability >= 8.0
+    fast = platform() == "tpu" or (platform() == device.platform and capability >= 8.0)
     return jnp.dtype(jnp.bfloat16 if fast else jnp.float32)
+
+
+def platform() -> str:
+    """What is compiled for, "cpu", "gpu" or "tpu": the mesh in force, or the default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    if device is None:
+        return jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+
+
+def materialized(x: jax.Array) -> jax.Array:
+    """Keeps XLA's CPU backend from computing a value again in each of its users.
+
+    It fuses a cheap elementwise producer into every consumer, and so recomputes the residual
+    stream's whole sum, and its gradient's, in each block. Elsewhere this is the identity.
+    """
+    return jax.lax.optimization_barrier(x) if platform() == "cpu" else x

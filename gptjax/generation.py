@@ -143,7 +143,7 @@ def prefill(
     """
     B, P = prompts_BP.shape
     slots = jnp.broadcast_to(jnp.arange(P), (B, P))
-    x_BPD, extended = hidden_states(params, prompts_BP, config, cache=cache, slots=slots)
+    x_BPD, extended, _ = hidden_states(params, prompts_BP, config, cache=cache, slots=slots)
     assert extended is not None
     last_B1D = jnp.take_along_axis(x_BPD, length_B[:, None, None] - 1, axis=1)
     return unembed(params, last_B1D, config)[:, 0], extended
@@ -153,7 +153,7 @@ def decode_step(
     params: Params, state: DecodeState, config: ModelConfig
 ) -> tuple[jax.Array, DecodeState]:
     """Reads one more token a row: `[B, V]` float32 logits of the next, and the state after."""
-    x_B1D, cache = hidden_states(
+    x_B1D, cache, _ = hidden_states(
         params,
         state.token_B[:, None],
         config,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gptjax.config import ModelConfig
-from gptjax.devices import compute_dtype
+from gptjax.devices import compute_dtype, platform
 from gptjax.params import Params, is_spec, param_specs
 
 
@@ -91,7 +91,7 @@ def quantize(params: Params, config: ModelConfig) -> Params:
         if isinstance(x, Int8):
             return x
         if spec.kind == "matrix":
-            return _to_int8_jit(x, tuple(range(1, 1 + spec.fan_in)))
+            return _to_int8_jit(x, tuple(range(spec.stack, spec.stack + spec.fan_in)))
         return _to_int8_jit(x, (1,)) if spec.axes[0] == "vocab" else x
 
     return jax.tree.map(convert, param_specs(config), params, is_leaf=is_spec)
@@ -181,10 +181,11 @@ def _decoding_block(block: Params, layer: jax.Array | None, config: ModelConfig)
         )
     dtype = compute_dtype(config)
     kernels = ("query", "key", "value", "out", "up", "gate", "down")
-    attention, mlp = (
-        {name: _cast(x, dtype) if name in kernels else x for name, x in block[part].items()}
-        for part in ("attention", "mlp")
-    )
+
+    def cast(part: Params) -> Params:
+        return {name: _cast(x, dtype) if name in kernels else x for name, x in part.items()}
+
+    attention, mlp = cast(block["attention"]), cast(block["mlp"])
     kernel, bias = join_qkv(attention, config)
     for name in ("query", "key", "value"):
         del attention[name]
@@ -192,6 +193,15 @@ def _decoding_block(block: Params, layer: jax.Array | None, config: ModelConfig)
     attention |= {"qkv": outputs_first(kernel, 1), "out": outputs_first(attention["out"], 2)}
     if bias is not None:
         attention["qkv_bias"] = bias
+    if config.num_experts is None:
+        mlp = _decoding_mlp(mlp, config)
+    elif "shared" in mlp:
+        mlp["shared"] = _decoding_mlp(cast(mlp["shared"]), config)
+    return {**block, "attention": attention, "mlp": mlp}
+
+
+def _decoding_mlp(mlp: Params, config: ModelConfig) -> Params:
+    mlp = dict(mlp)
     if config.gated_mlp:
         stack = lambda *parts: jnp.stack(parts, axis=-2)  # noqa: E731
         mlp["gate_up"] = jax.tree.map(stack, mlp.pop("gate"), mlp.pop("up"))
@@ -199,7 +209,7 @@ def _decoding_block(block: Params, layer: jax.Array | None, config: ModelConfig)
             mlp["gate_up_bias"] = stack(mlp.pop("gate_bias"), mlp.pop("up_bias"))
     for name in mlp.keys() & {"up", "gate_up", "down"}:
         mlp[name] = outputs_first(mlp[name], 1)
-    return {**block, "attention": attention, "mlp": mlp}
+    return mlp
 
 
 def outputs_first(kernel: Any, inputs: int) -> Any:
@@ -207,7 +217,7 @@ def outputs_first(kernel: Any, inputs: int) -> Any:
 
     As it is where the default device is no CPU.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return kernel
 
     def turn(x: jax.Array) -> jax.Array:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
-from gptjax.model import hidden_states, softcap, unembedding
+from gptjax.experts import routing_losses
+from gptjax.model import hidden_states, softcap, split_vocabulary, unembedding
 from gptjax.params import Params
-from gptjax.sharding import batch_parts
+from gptjax.sharding import axis_parts, constrain
 
 Batch = dict[str, jax.Array]
 """`tokens` and `targets` `[B, T]` int32; optional `weights` `[B, T]` float32 (which targets count
@@ -30,11 +31,16 @@ class LossOptions(NamedTuple):
             the forward pass, and stores it (one float32 array of the output matrix's size); True
             computes the block again in the backward pass.
         logits_at_once: see `LOGITS_AT_ONCE`.
+        balance_loss: weight of the routers' balance loss in a mixture of experts, taken over the
+            tokens of a batch (of a microbatch, where it is split). See `experts.routing_losses`.
+        router_z_loss: weight of the routers' z-loss.
     """
 
     z_loss: float = 0.0
     recompute: bool = False
     logits_at_once: int = LOGITS_AT_ONCE
+    balance_loss: float = 0.01
+    router_z_loss: float = 0.001
 
 
 def loss_fn(
@@ -56,12 +62,23 @@ def loss_fn(
         dropout_key: random key for training with dropout; None means none.
 
     Returns:
-        The loss in nats per token, with additions, and metrics: `loss` without additions, and
-        `tokens`, the sum of weights. Where nothing is counted both losses are 0.
+        The loss in nats per token, with additions, and metrics: `loss` without additions, `tokens`,
+        the sum of weights, and for a mixture of experts `balance_loss` and `router_z_loss`,
+        unweighted. Where nothing is counted all losses are 0.
     """
     objective, sums = loss_sums(params, batch, config, options=options, dropout_key=dropout_key)
-    count = jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
-    return objective / count, {"loss": sums["nll"] / count, "tokens": sums["tokens"]}
+    metrics = mean_metrics(sums)
+    return objective / _count(sums), metrics
+
+
+def mean_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Metrics a token from the sums of `loss_sums`."""
+    rest = {name: total / _count(sums) for name, total in sums.items() if name != "tokens"}
+    return {"loss": rest.pop("nll"), "tokens": sums["tokens"], **rest}
+
+
+def _count(sums: dict[str, jax.Array]) -> jax.Array:
+    return jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
 
 
 def loss_sums(
@@ -72,11 +89,11 @@ def loss_sums(
     options: LossOptions = LossOptions(),
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """As `loss_fn`, but sums: the objective, and `nll` and `tokens`.
+    """As `loss_fn`, but sums over tokens: the objective, and `nll`, `tokens` and the others.
 
     Sums are what accumulates exactly over microbatches with different numbers of tokens.
     """
-    x_BTD, _ = hidden_states(
+    hidden = hidden_states(
         params,
         batch["tokens"],
         config,
@@ -87,14 +104,20 @@ def loss_sums(
     weights_BT = target_weights(batch)
     with jax.named_scope("loss"):
         objective, nll = cross_entropy(
-            x_BTD,
+            hidden.x_BTD,
             unembedding(params, config),
             jnp.maximum(batch["targets"], 0),
             weights_BT,
             config.logit_softcap,
             options,
         )
-    return objective, {"nll": jax.lax.stop_gradient(nll), "tokens": jnp.sum(weights_BT)}
+    tokens = jnp.sum(weights_BT)
+    sums = {"nll": nll, "tokens": tokens}
+    if hidden.routing is not None:
+        balance, z = routing_losses(hidden.routing)
+        objective += tokens * (options.balance_loss * balance + options.router_z_loss * z)
+        sums |= {"balance_loss": tokens * balance, "router_z_loss": tokens * z}
+    return objective, jax.tree.map(jax.lax.stop_gradient, sums)
 
 
 def target_weights(batch: Batch) -> jax.Array:
@@ -118,17 +141,21 @@ def cross_entropy(
     """
     B, T, _ = x_BTD.shape
     V = kernel_VD.shape[0]
-    blocks = min(T, math.ceil(B * T * V / (options.logits_at_once * batch_parts())))
+    devices = math.prod(axis_parts(axis) for axis in ("batch", "sequence", "vocab_parts"))
+    blocks = min(T, math.ceil(B * T * V / (options.logits_at_once * devices)))
     if blocks == 1:
-        return _block_sums(x_BTD, kernel_VD, targets_BT, weights_BT, cap, options.z_loss)
+        kernel_VD = split_vocabulary(kernel_VD.astype(x_BTD.dtype))
+        return _block_sums(x_BTD, kernel_VD, V, targets_BT, weights_BT, cap, options.z_loss)
 
-    # Rows are filled up with tokens of no weight where the blocks do not divide T.
-    length = math.ceil(T / blocks)
+    # Rows are filled up with tokens of no weight where the blocks do not divide T. Every n-th token
+    # makes a block, so that a sequence split over devices stays where it is.
+    parts = axis_parts("residual")
+    length = math.ceil(T / blocks / parts) * parts
     pad = ((0, 0), (0, blocks * length - T))
 
     def cut(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, pad + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(B, blocks, length, *x.shape[2:]).swapaxes(0, 1)
+        return jnp.moveaxis(x.reshape(B, length, blocks, *x.shape[2:]), 2, 0)
 
     by_block = _recomputed_sums if options.recompute else _stored_sums
     return by_block(cut(x_BTD), kernel_VD, cut(targets_BT), cut(weights_BT), cap, options.z_loss)
@@ -137,23 +164,23 @@ def cross_entropy(
 def _block_sums(
     x_BtD: jax.Array,
     kernel_VD: jax.Array,
+    vocab_size: int,
     targets_Bt: jax.Array,
     weights_Bt: jax.Array,
     cap: float | None,
     z_loss: float,
 ) -> tuple[jax.Array, jax.Array]:
+    """Of one block, with the kernel as `split_vocabulary` gives it."""
     logits_BtV = softcap(
-        jnp.einsum(
-            "btd,vd->btv",
-            x_BtD,
-            kernel_VD.astype(x_BtD.dtype),
-            preferred_element_type=jnp.float32,
-        ),
-        cap,
+        jnp.einsum("btd,vd->btv", x_BtD, kernel_VD, preferred_element_type=jnp.float32), cap
     )
+    logits_BtV = constrain(logits_BtV, "batch", "sequence", "vocab_parts")
+    ids = jnp.arange(kernel_VD.shape[0])[None, None]
+    if kernel_VD.shape[0] > vocab_size:
+        logits_BtV = jnp.where(ids < vocab_size, logits_BtV, -jnp.inf)
     log_z_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
     # A comparison and a sum, where a gather's gradient would be a scatter.
-    is_target_BtV = jnp.arange(kernel_VD.shape[0])[None, None] == targets_Bt[..., None]
+    is_target_BtV = ids == targets_Bt[..., None]
     nll_Bt = log_z_Bt - jnp.sum(jnp.where(is_target_BtV, logits_BtV, 0), axis=-1)
     nll = jnp.sum(nll_Bt * weights_Bt)
     return nll + z_loss * jnp.sum(jnp.square(log_z_Bt) * weights_Bt), nll
@@ -162,7 +189,12 @@ def _block_sums(
 def _recomputed_sums(
     x_NBtD: jax.Array, kernel_VD: jax.Array, targets: Any, weights: Any, cap: Any, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
-    block_sums = jax.checkpoint(partial(_block_sums, cap=cap, z_loss=z_loss))
+    V = kernel_VD.shape[0]
+    kernel_VD = split_vocabulary(kernel_VD.astype(x_NBtD.dtype))
+
+    @jax.checkpoint
+    def block_sums(x_BtD: jax.Array, kernel_VD: jax.Array, targets: Any, weights: Any):
+        return _block_sums(x_BtD, kernel_VD, V, targets, weights, cap, z_loss)
 
     def body(sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]):
         x_BtD, targets_Bt, weights_Bt = block
@@ -184,20 +216,26 @@ def _stored_sums(
 def _stored_sums_forward(
     x_NBtD: jax.Array, kernel_VD: jax.Array, targets: Any, weights: Any, cap: Any, z_loss: float
 ):
+    V = kernel_VD.shape[0]
+    split_VD = split_vocabulary(kernel_VD.astype(x_NBtD.dtype))
+
     def body(carry: tuple[jax.Array, ...], block: tuple[jax.Array, ...]):
         objective_sum, nll_sum, grad_kernel = carry
         x_BtD, targets_Bt, weights_Bt = block
         (objective, nll), pull_back = jax.vjp(
-            lambda x, kernel: _block_sums(x, kernel, targets_Bt, weights_Bt, cap, z_loss),
+            lambda x, kernel: _block_sums(x, kernel, V, targets_Bt, weights_Bt, cap, z_loss),
             x_BtD,
-            kernel_VD,
+            split_VD,
         )
         grad_x, grad_block = pull_back((jnp.float32(1), jnp.float32(0)))
+        grad_x = constrain(grad_x, "batch", "residual", "width")
         carry = (objective_sum + objective, nll_sum + nll, grad_kernel + grad_block)
         return carry, grad_x
 
-    zeros = (jnp.float32(0), jnp.float32(0), jnp.zeros(kernel_VD.shape, jnp.float32))
-    (objective, nll, grad_kernel), grad_x = jax.lax.scan(body, zeros, (x_NBtD, targets, weights))
+    zeros = (jnp.float32(0), jnp.float32(0), jnp.zeros(split_VD.shape, jnp.float32))
+    (objective, nll, grad_split), grad_x = jax.lax.scan(body, zeros, (x_NBtD, targets, weights))
+    # The way back of `split_vocabulary`, in float32.
+    grad_kernel = constrain(constrain(grad_split[:V], None, "columns"), "vocab", "table")
     return (objective, nll), (grad_x, grad_kernel.astype(kernel_VD.dtype))
 
 

@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.attention import attention
+from gptjax.activations import activate
+from gptjax.attention import attention, row_bernoulli
 from gptjax.config import ModelConfig
-from gptjax.devices import compute_dtype
+from gptjax.devices import compute_dtype, materialized, platform
 from gptjax.errors import UserError
+from gptjax.experts import Routing, mixture
 from gptjax.layouts import Int8, OutputsFirst, join_qkv, split_scale, to_int8
 from gptjax.params import Params
-from gptjax.sharding import constrain
+from gptjax.pipeline import pipelined
+from gptjax.sharding import axis_parts, constrain, on_each_device
 
 if TYPE_CHECKING:
     from gptjax.tokenizer import Tokenizer
@@ -72,9 +75,22 @@ class Context(NamedTuple):
     """With a cache: the slot that each token is written to."""
 
 
+class Hidden(NamedTuple):
+    """What `hidden_states` returns."""
+
+    x_BTD: jax.Array
+    """The normalized output of the last block, in the compute dtype."""
+    cache: tuple[LayerCache, ...] | None
+    """The extended cache; None without one."""
+    routing: Routing | None
+    """What the routers of all blocks did, `[L, ...]`; None without experts."""
+
+
 class Layer(NamedTuple):
     """What sets one block apart beside its weights; None where the model's blocks are all alike."""
 
+    number: jax.Array
+    """Of the block, from 0."""
     window: jax.Array | None
     """How many tokens a query sees, itself included."""
     query_scale: jax.Array | None
@@ -107,7 +123,7 @@ def forward(
     Raises:
         UserError: if T exceeds the model's context length.
     """
-    x_BTD, _ = hidden_states(
+    hidden = hidden_states(
         params,
         tokens_BT,
         config,
@@ -115,7 +131,7 @@ def forward(
         segment_ids=segment_ids,
         dropout_key=dropout_key,
     )
-    return unembed(params, x_BTD, config)
+    return unembed(params, hidden.x_BTD, config)
 
 
 def hidden_states(
@@ -128,8 +144,8 @@ def hidden_states(
     dropout_key: jax.Array | None = None,
     cache: tuple[LayerCache, ...] | None = None,
     slots: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
-    """The normalized output of the last block, from which logits are read.
+) -> Hidden:
+    """The normalized output of the last block, `[B, T, D]`, from which logits are read.
 
     Args:
         params: as in `forward`; `params["blocks"]` may be a tuple of single blocks instead of
@@ -141,9 +157,6 @@ def hidden_states(
         dropout_key: as in `forward`.
         cache: what each block has seen before; the new keys and values are written into it.
         slots: `[B, T]` int32, with a cache: the slot of each token, which is its position too.
-
-    Returns:
-        `[B, T, D]` hidden states in the compute dtype, and the extended cache (None without one).
     """
     T = tokens_BT.shape[1]
     if T > config.context_length:
@@ -154,17 +167,22 @@ def hidden_states(
     if positions is None:
         positions = jnp.arange(T)[None] if slots is None else slots
     dtype = compute_dtype(config)
-    embed_key, blocks_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    embed_keys = keys_B = None
+    if dropout_key is not None and config.dropout > 0:
+        # One for each row: what is dropped then does not depend on which rows go together.
+        rows = jnp.arange(tokens_BT.shape[0])
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, rows)
+        embed_keys = _fold_in(keys_B, config.num_layers)
 
     with jax.named_scope("embed"):
         x_BTD = embed(params["embed"], tokens_BT, positions, config, dtype)
-        x_BTD = dropout(x_BTD, config.dropout, embed_key)
-        x_BTD = constrain(x_BTD, "batch", "sequence", "width")
+        x_BTD = dropout(x_BTD, config.dropout, embed_keys)
+        x_BTD = constrain(x_BTD, "batch", "residual", "width")
     rotation = rope_rotation(positions, config) if config.position == "rope" else None
     context = Context(rotation, segment_ids, slots)
-    x_BTD, cache = run_blocks(params["blocks"], x_BTD, context, config, blocks_key, cache)
+    x_BTD, cache, routing = run_blocks(params["blocks"], x_BTD, context, config, keys_B, cache)
     with jax.named_scope("final_norm"):
-        return normalize(x_BTD, params["final_norm"], config), cache
+        return Hidden(normalize(x_BTD, params["final_norm"], config), cache, routing)
 
 
 def run_blocks(
@@ -172,44 +190,55 @@ def run_blocks(
     x_BTD: jax.Array,
     context: Context,
     config: ModelConfig,
-    dropout_key: jax.Array | None,
+    keys_B: jax.Array | None,
     cache: tuple[LayerCache, ...] | None,
-) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
-    """Applies the blocks in turn: scanned where they are stacked, one by one in a tuple."""
+) -> Hidden:
+    """Applies the blocks in turn: scanned where they are stacked, one by one in a tuple.
+
+    Under a mesh with stages they are scanned by stage.
+    """
     L = config.num_layers
-    keys = None if dropout_key is None else jax.random.split(dropout_key, L)
     layers = layer_traits(config)
     if isinstance(blocks, tuple):
-        extended = []
+        extended, routings = [], []
         for layer, params in enumerate(blocks):
-            key = None if keys is None else keys[layer]
             layer_cache = None if cache is None else cache[layer]
             traits = jax.tree.map(lambda values, layer=layer: values[layer], layers)
-            x_BTD, layer_cache = _traced_once(
-                params, x_BTD, context, config, traits, key, layer_cache
+            x_BTD, layer_cache, routing = _traced_once(
+                params, x_BTD, context, config, traits, keys_B, layer_cache
             )
             extended.append(layer_cache)
-        return x_BTD, None if cache is None else tuple(extended)
+            routings.append(routing)
+        routing = jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
+        return Hidden(x_BTD, None if cache is None else tuple(extended), routing)
 
     # Cast before the loop, so that what is gathered over a mesh inside it is in the small dtype.
     is_int8 = lambda w: isinstance(w, Int8)  # noqa: E731
     cast = lambda w: w if is_int8(w) else w.astype(x_BTD.dtype)  # noqa: E731
     blocks = jax.tree.map(cast, blocks, is_leaf=is_int8)
 
-    def body(x_BTD: jax.Array, layer: tuple[Params, Layer, jax.Array | None, LayerCache | None]):
-        params, traits, key, layer_cache = layer
-        return block(params, x_BTD, context, config, traits, key, layer_cache)
+    def scan(layers: Any, x_BTD: jax.Array, shared: tuple[Context, jax.Array | None]):
+        context, keys_B = shared
 
+        def body(x_BTD: jax.Array, layer: tuple[Params, Layer, LayerCache | None]):
+            params, traits, layer_cache = layer
+            x_BTD = checkpoint_name(x_BTD, "block_input")
+            x_BTD, *rest = block(params, x_BTD, context, config, traits, keys_B, layer_cache)
+            return x_BTD, rest
+
+        unroll = scan_unroll(config) if cache is None else 1
+        return jax.lax.scan(rematerialized(body, config), x_BTD, layers, unroll=unroll)
+
+    if axis_parts("layers") > 1 and cache is None:
+        stages = (blocks, layers, None)
+        x_BTD, (_, routing) = pipelined(scan, stages, x_BTD, (context, keys_B), config)
+        return Hidden(x_BTD, None, routing)
     stacked = None if cache is None else jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
-    x_BTD, stacked = jax.lax.scan(
-        rematerialized(body, config),
-        x_BTD,
-        (blocks, layers, keys, stacked),
-        unroll=scan_unroll(config) if cache is None else 1,
-    )
+    x_BTD, (stacked, routing) = scan((blocks, layers, stacked), x_BTD, (context, keys_B))
     if stacked is None:
-        return x_BTD, None
-    return x_BTD, tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(L))
+        return Hidden(x_BTD, None, routing)
+    extended = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(L))
+    return Hidden(x_BTD, extended, routing)
 
 
 def layer_traits(config: ModelConfig) -> Layer:
@@ -225,7 +254,7 @@ def layer_traits(config: ModelConfig) -> Layer:
         scale = 1.0 if config.attention_scale is None else config.attention_scale * math.sqrt(C)
         number = np.arange(1, L + 1) if config.inverse_layer_scale else np.ones(L)
         query_scale = (scale / number).astype(np.float32)
-    return Layer(window, query_scale)  # pyright: ignore[reportArgumentType]
+    return Layer(np.arange(L, dtype=np.int32), window, query_scale)  # pyright: ignore[reportArgumentType]
 
 
 def block(
@@ -234,27 +263,37 @@ def block(
     context: Context,
     config: ModelConfig,
     layer: Layer,
-    dropout_key: jax.Array | None = None,
+    keys_B: jax.Array | None = None,
     cache: LayerCache | None = None,
-) -> tuple[jax.Array, LayerCache | None]:
+) -> tuple[jax.Array, LayerCache | None, Routing | None]:
     """One Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Parallel blocks read the same x in both.
     """
-    keys = (None, None, None) if dropout_key is None else jax.random.split(dropout_key, 3)
+    keys: Any = (None, None, None)
+    if keys_B is not None:
+        keys_B3 = jax.vmap(lambda key: jax.random.split(key, 3))(_fold_in(keys_B, layer.number))
+        keys = [keys_B3[:, n] for n in range(3)]
+    routing = None
     with jax.named_scope("attention"):
         h_BTD = normalize(x_BTD, params["attention_norm"], config)
         h_BTD, cache = self_attention(
             params["attention"], h_BTD, context, config, layer, keys[0], cache
         )
+        h_BTD = constrain(h_BTD, "batch", "residual", "width")
         mlp_input_BTD = x_BTD
         x_BTD = x_BTD + dropout(h_BTD, config.dropout, keys[1])
         if not config.parallel_blocks:
             mlp_input_BTD = x_BTD
     with jax.named_scope("mlp"):
         h_BTD = normalize(mlp_input_BTD, params["mlp_norm"], config)
-        x_BTD = x_BTD + dropout(mlp(params["mlp"], h_BTD, config), config.dropout, keys[2])
-    return constrain(x_BTD, "batch", "sequence", "width"), cache
+        if config.num_experts is None:
+            h_BTD = mlp(params["mlp"], h_BTD, config)
+        else:
+            h_BTD, routing = experts(params["mlp"], h_BTD, config)
+        h_BTD = constrain(h_BTD, "batch", "residual", "width")
+        x_BTD = x_BTD + dropout(h_BTD, config.dropout, keys[2])
+    return constrain(x_BTD, "batch", "residual", "width"), cache, routing
 
 
 # In a tuple of blocks each would be traced by itself, which takes longer than the compilation where
@@ -283,6 +322,8 @@ def self_attention(
         if layer.query_scale is not None:
             q_BTHC = q_BTHC * jnp.asarray(layer.query_scale, q_BTHC.dtype)
         q_BTHC = constrain(q_BTHC, "batch", "sequence", "heads", "head")
+        k_BTKC = constrain(k_BTKC, "batch", "sequence", "kv_heads", "head")
+        v_BTKC = constrain(v_BTKC, "batch", "sequence", "kv_heads", "head")
 
     k_BSKC, v_BSKC = k_BTKC, v_BTKC
     if cache is not None:
@@ -314,9 +355,18 @@ def project_qkv(
     H, K, C = config.num_heads, config.kv_heads, config.head_width
     if "qkv" in params:
         kernel, bias = params["qkv"], params.get("qkv_bias")
-    else:
+    elif axis_parts("embed") == 1:
         kernel, bias = join_qkv(params, config)
+    else:
+        # Kernels that are gathered first, and whose gradients are scattered, gain nothing by a
+        # further copy; and the partitioner no longer sees through it.
+        q, k, v = (
+            linear(x_BTD, params[name], params.get(f"{name}_bias"))
+            for name in ("query", "key", "value")
+        )
+        return q, k, v
     qkv_BTKNC = linear(x_BTD, kernel, bias)
+    qkv_BTKNC = constrain(qkv_BTKNC, "batch", "sequence", "kv_heads", None, "head")
     # A split, whose gradient is one concatenation; three slices would be padded and added.
     q, k, v = jax.lax.split(qkv_BTKNC, (H // K, 1, 1), axis=3)
     return q.reshape(B, T, H, C), k.reshape(B, T, K, C), v.reshape(B, T, K, C)
@@ -337,47 +387,12 @@ def mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
     return linear(h_BTF, params["down"], params.get("down_bias"))
 
 
-def activate(x: jax.Array, config: ModelConfig) -> jax.Array:
-    """The nonlinearity that the configuration names."""
-    match config.activation:
-        case "gelu_tanh":
-            return gelu_tanh(x)
-        case "gelu":
-            return jax.nn.gelu(x, approximate=False)
-        case "quick_gelu":
-            return x * jax.nn.sigmoid(1.702 * x)
-        case "relu":
-            return jax.nn.relu(x)
-        case "squared_relu":
-            return jnp.square(jax.nn.relu(x))
-        case "silu":
-            return jax.nn.silu(x)
-        case "tanh":
-            return jnp.tanh(x)
-
-
-@jax.custom_vjp
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form (Hendrycks & Gimpel 2016), which GPT-2 uses; it keeps x alone."""
-    return _gelu_tanh_forward(x)[0]
-
-
-def _gelu_tanh_forward(x: jax.Array):
-    return materialized(0.5 * x * (1 + _inner_tanh(x))), (x,)
-
-
-def _gelu_tanh_backward(residuals: tuple[jax.Array], grad: jax.Array):
-    (x,) = residuals
-    tanh = _inner_tanh(x)
-    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
-    return (grad * 0.5 * (1 + tanh + x * (1 - tanh * tanh) * slope),)
-
-
-def _inner_tanh(x: jax.Array) -> jax.Array:
-    return jnp.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
-
-
-gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)
+def experts(params: Params, x_BTD: jax.Array, config: ModelConfig) -> tuple[jax.Array, Routing]:
+    """The feed-forward layers that a router chooses, and those that every token goes through."""
+    h_BTD, routing = mixture(params, x_BTD, config)
+    if "shared" in params:
+        h_BTD = h_BTD + mlp(params["shared"], x_BTD, config)
+    return h_BTD, routing
 
 
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
@@ -418,18 +433,27 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
 
 
-@jax.custom_vjp
 def matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """`[..., I]` times `[I, O]`, its gradients as two plain products of matrices.
+    """`[..., I]` times `[I, O]`."""
+    return _matmul_cpu(x, kernel_IO) if platform() == "cpu" else _matmul(x, kernel_IO)
+
+
+def _matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, kernel_IO, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+@jax.custom_vjp
+def _matmul_cpu(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """The same, with its gradients as two plain products of matrices.
 
     What JAX derives contracts the kernel's gradient in an order that XLA's CPU backend transposes
     the large operand for, with all the work that made it fused into the transposition.
     """
-    return jax.lax.dot_general(x, kernel_IO, (((x.ndim - 1,), (0,)), ((), ())))
+    return _matmul(x, kernel_IO)
 
 
 def _matmul_forward(x: jax.Array, kernel_IO: jax.Array):
-    return matmul(x, kernel_IO), (x, kernel_IO)
+    return _matmul(x, kernel_IO), (x, kernel_IO)
 
 
 def _matmul_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
@@ -441,16 +465,7 @@ def _matmul_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
     return grad_x.reshape(x.shape), grad_kernel
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def materialized(x: jax.Array) -> jax.Array:
-    """Keeps XLA's CPU backend from computing a value again in each of its users.
-
-    It fuses a cheap elementwise producer into every consumer, and so recomputes the residual
-    stream's whole sum, and its gradient's, in each block. Elsewhere this is the identity.
-    """
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+_matmul_cpu.defvjp(_matmul_forward, _matmul_backward)
 
 
 def normalize(x_BTD: jax.Array, params: Params, config: ModelConfig) -> jax.Array:
@@ -563,34 +578,48 @@ def embed(
     if isinstance(table, Int8):
         x_BTD = table[tokens_BT].astype(dtype)
     else:
-        x_BTD = look_up(constrain(table, "vocab", None), tokens_BT).astype(dtype)
+        x_BTD = look_up(table, tokens_BT, dtype)
     if config.position == "learned":
-        x_BTD = x_BTD + params["positions"][positions].astype(dtype)
+        x_BTD = x_BTD + constrain(params["positions"].astype(dtype), None, None)[positions]
     return normalize(x_BTD, params["norm"], config) if config.embedding_norm else x_BTD
 
 
 def unembed(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
     """Float32 logits `[B, T, V]` of normalized hidden states."""
     with jax.named_scope("unembed"):
+        V = config.vocab_size
         kernel_VD, scale_V = split_scale(_output_kernel(params, config), x_BTD.dtype)
-        kernel_VD = constrain(kernel_VD, "vocab", None)
-        if jax.default_backend() == "cpu" and x_BTD.shape[0] * x_BTD.shape[1] <= FEW_ROWS:
+        kernel_VD = split_vocabulary(kernel_VD)
+        if platform() == "cpu" and x_BTD.shape[0] * x_BTD.shape[1] <= FEW_ROWS:
             logits_BTV = matmul_outputs_first(x_BTD, kernel_VD, jnp.float32)
         else:
             logits_BTV = jnp.einsum(
                 "btd,vd->btv", x_BTD, kernel_VD, preferred_element_type=jnp.float32
             )
+        logits_BTV = constrain(logits_BTV, "batch", "sequence", "vocab_parts")[..., :V]
         if scale_V is not None:
             logits_BTV = logits_BTV * along_last(scale_V.astype(jnp.float32), logits_BTV)
-        logits_BTV = constrain(logits_BTV, "batch", "sequence", "vocab")
         return softcap(logits_BTV, config.logit_softcap)
 
 
 def unembedding(params: Params, config: ModelConfig) -> jax.Array:
-    """The output matrix `[V, D]`, whole over the width so that only the vocabulary is split."""
+    """The output matrix, `[V, D]`, as it lies."""
     kernel = _output_kernel(params, config)
-    kernel = kernel.astype(jnp.float32) if isinstance(kernel, Int8) else kernel
-    return constrain(kernel, "vocab", None)
+    return kernel.astype(jnp.float32) if isinstance(kernel, Int8) else kernel
+
+
+def split_vocabulary(kernel_VD: jax.Array) -> jax.Array:
+    """The output matrix with the vocabulary split over a tensor group, and each row whole.
+
+    A vocabulary that does not divide is padded with rows of zeros, for the caller to mask.
+    """
+    parts = axis_parts("vocab_parts")
+    if parts == 1:
+        return constrain(kernel_VD, None, None)
+    # In two steps, each of which is one exchange; at once it would be gathered whole.
+    kernel_VD = constrain(kernel_VD, None, "columns")
+    kernel_VD = jnp.pad(kernel_VD, ((0, -kernel_VD.shape[0] % parts), (0, 0)))
+    return constrain(kernel_VD, "vocab_parts", None)
 
 
 def _output_kernel(params: Params, config: ModelConfig) -> Any:
@@ -602,35 +631,57 @@ def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes elements at the rate and scales the rest up; the identity without a key."""
-    if key is None or rate == 0:
+def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+    """Zeroes elements at the rate and scales the rest up; the identity without keys."""
+    if keys_B is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    return jnp.where(row_bernoulli(keys_B, 1 - rate, x.shape[1:]), x / (1 - rate), 0)
 
 
-@jax.custom_vjp
-def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Rows of the table, with a gradient that is fast for small vocabularies too."""
-    return table_VD[tokens_BT]
+def _fold_in(keys_B: jax.Array, number: Any) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
 
 
-def _look_up_forward(table_VD: jax.Array, tokens_BT: jax.Array):
-    return table_VD[tokens_BT], (tokens_BT, jnp.empty((table_VD.shape[0], 0), table_VD.dtype))
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of the table in a dtype, with a gradient that is fast for small vocabularies too.
+
+    Over a mesh a device has some columns of every row, so that it looks up for itself: no table is
+    whole anywhere, and no rows are summed over devices.
+    """
+    table_VD = constrain(table_VD.astype(dtype), None, "columns")
+    return constrain(table_VD[tokens_BT], "batch", "sequence", "columns")
 
 
-def _look_up_backward(residuals: tuple[jax.Array, jax.Array], grad_BTD: jax.Array):
+def _look_up_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any):
+    like = jnp.empty((table_VD.shape[0], 0), table_VD.dtype)
+    return look_up(table_VD, tokens_BT, dtype), (tokens_BT, like)
+
+
+def _look_up_backward(dtype: Any, residuals: tuple[jax.Array, jax.Array], grad_BTD: jax.Array):
     tokens_BT, like = residuals
     V = like.shape[0]
-    if V <= 1024:
-        # A scatter runs row by row on a CPU and with contended atomics on a GPU; at this size a
-        # product with one-hot rows is faster.
-        one_hot = jax.nn.one_hot(tokens_BT, V, dtype=grad_BTD.dtype)
-        table = jnp.einsum("btv,btd->vd", one_hot, grad_BTD, preferred_element_type=jnp.float32)
-    else:
-        table = jnp.zeros((V, grad_BTD.shape[-1]), jnp.float32)
-        table = table.at[tokens_BT].add(grad_BTD.astype(jnp.float32))
-    return table.astype(like.dtype), None
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def table_gradient(tokens: jax.Array, grad: jax.Array) -> jax.Array:
+        if V <= 1024:
+            # A scatter runs row by row on a CPU and with contended atomics on a GPU; at this size a
+            # product with one-hot rows is faster.
+            one_hot = jax.nn.one_hot(tokens, V, dtype=grad.dtype)
+            table = jnp.einsum("btv,btd->vd", one_hot, grad, preferred_element_type=jnp.float32)
+        else:
+            table = jnp.zeros((V, grad.shape[-1]), jnp.float32)
+            table = table.at[tokens].add(grad.astype(jnp.float32))
+        if not mesh.empty:
+            table = jax.lax.psum_scatter(table, "fsdp", scatter_dimension=1, tiled=True)
+            table = jax.lax.psum(table, ("data", "expert", "context"))
+        return table.astype(like.dtype)
+
+    if not mesh.empty:
+        # By hand, since the partitioner gathers all rows of all devices for a scatter.
+        axes = [("batch", "sequence"), ("batch", "sequence", "columns")]
+        table_gradient = on_each_device(table_gradient, axes, ("vocab", "table"))
+    return table_gradient(tokens_BT, grad_BTD), None
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)
@@ -669,3 +720,11 @@ def rematerialized(body: Any, config: ModelConfig) -> Any:
             return jax.checkpoint(body, policy=policy, prevent_cse=scan_unroll(config) > 1)
         case "full":
             return jax.checkpoint(body, prevent_cse=scan_unroll(config) > 1)
+        case "offload":
+            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=["block_input"],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+            return jax.checkpoint(body, policy=policy, prevent_cse=scan_unroll(config) > 1)

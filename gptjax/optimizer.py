@@ -138,9 +138,9 @@ def _matrix_axes(specs: Params, params: Any) -> Any:
     def axes(spec: ParamSpec, param: Any) -> Any:
         if isinstance(param, optax.MaskedNode):
             return param
-        first_output = 1 + spec.fan_in
+        first_output = spec.stack + spec.fan_in
         return optax.contrib.MuonDimensionNumbers(
-            tuple(range(1, first_output)), tuple(range(first_output, len(spec.shape)))
+            tuple(range(spec.stack, first_output)), tuple(range(first_output, len(spec.shape)))
         )
 
     return jax.tree.map(axes, specs, params, is_leaf=is_spec)

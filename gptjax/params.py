@@ -31,7 +31,8 @@ class ParamSpec:
         std: standard deviation for "normal".
         kind: "embedding", "matrix" or "vector": matrices may be orthogonalized by an optimizer;
             weight decay acts on embeddings and matrices.
-        fan_in: for a matrix, how many of the dimensions after "layers" are contracted.
+        fan_in: for a matrix, how many of the dimensions after the stack are contracted.
+        stack: how many dimensions in front only count matrices: the layers, and experts.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +41,7 @@ class ParamSpec:
     std: float = 0.0
     kind: Literal["embedding", "matrix", "vector"] = "vector"
     fan_in: int = 0
+    stack: int = 1
 
 
 def param_specs(config: ModelConfig) -> Params:
@@ -52,18 +54,22 @@ def param_specs(config: ModelConfig) -> Params:
     F, L, V = config.mlp_width, config.num_layers, config.vocab_size
     modern = config.init == "modern"
 
-    def matrix(shape, axes, fan_in=1, residual_output=False):
-        if not modern:
+    def matrix(shape, axes, fan_in=1, residual_output=False, experts=()):
+        init, stack = "normal", {"layers": L, **dict(experts)}
+        if modern:
+            std = 1 / math.sqrt(math.prod(shape[:fan_in]))
+            init = "zeros" if residual_output else "normal"
+        else:
             # Radford et al. 2019, section 2.3: outputs added to the residual stream start smaller,
             # by the root of their number.
             std = 0.02 / math.sqrt(2 * L) if residual_output else 0.02
-            return ParamSpec((L, *shape), ("layers", *axes), "normal", std, "matrix", fan_in)
-        std = 1 / math.sqrt(math.prod(shape[:fan_in]))
-        init = "zeros" if residual_output else "normal"
-        return ParamSpec((L, *shape), ("layers", *axes), init, std, "matrix", fan_in)
+        return ParamSpec(
+            (*stack.values(), *shape), (*stack, *axes), init, std, "matrix", fan_in, len(stack)
+        )
 
-    def bias(shape, axes):
-        return ParamSpec((L, *shape), ("layers", *axes), "zeros")
+    def bias(shape, axes, experts=()):
+        stack = {"layers": L, **dict(experts)}
+        return ParamSpec((*stack.values(), *shape), (*stack, *axes), "zeros")
 
     def norm(stacked=True, width=D, axis="embed"):
         shape, axes = ((L, width), ("layers", axis)) if stacked else ((width,), (axis,))
@@ -80,34 +86,46 @@ def param_specs(config: ModelConfig) -> Params:
         "value": matrix((D, K, C), ("embed", "kv_heads", "head")),
         "out": matrix((H, C, D), ("heads", "head", "embed"), fan_in=2, residual_output=True),
     }
-    mlp: Params = {
-        "up": matrix((D, F), ("embed", "mlp")),
-        "down": matrix((F, D), ("mlp", "embed"), residual_output=True),
-    }
-    if config.gated_mlp:
-        mlp["gate"] = matrix((D, F), ("embed", "mlp"))
+
+    def feed_forward(F, experts=()):
+        inner: Params = {
+            "up": matrix((D, F), ("embed", "mlp"), experts=experts),
+            "down": matrix((F, D), ("mlp", "embed"), residual_output=True, experts=experts),
+        }
+        if config.gated_mlp:
+            inner["gate"] = matrix((D, F), ("embed", "mlp"), experts=experts)
+        if config.has_bias("mlp"):
+            inner["up_bias"] = bias((F,), ("mlp",), experts)
+            inner["down_bias"] = bias((D,), ("embed",), experts)
+            if config.gated_mlp:
+                inner["gate_bias"] = bias((F,), ("mlp",), experts)
+        return inner
+
+    if config.num_experts is None:
+        mlp = feed_forward(F)
+    else:
+        E = config.num_experts
+        mlp = feed_forward(F, [("experts", E)])
+        mlp["router"] = matrix((D, E), ("embed", "router"))
+        if config.shared_experts:
+            mlp["shared"] = feed_forward(config.shared_experts * F)
     if config.has_bias("qkv"):
         attention["query_bias"] = bias((H, C), ("heads", "head"))
         attention["key_bias"] = bias((K, C), ("kv_heads", "head"))
         attention["value_bias"] = bias((K, C), ("kv_heads", "head"))
     if config.has_bias("out"):
         attention["out_bias"] = bias((D,), ("embed",))
-    if config.has_bias("mlp"):
-        mlp["up_bias"] = bias((F,), ("mlp",))
-        mlp["down_bias"] = bias((D,), ("embed",))
-        if config.gated_mlp:
-            mlp["gate_bias"] = bias((F,), ("mlp",))
     if config.qk_norm and config.norm_gain:
         attention["query_norm"] = {"scale": ParamSpec((L, C), ("layers", "head"), "ones")}
         attention["key_norm"] = {"scale": ParamSpec((L, C), ("layers", "head"), "ones")}
 
     embed_std = 1.0 if modern else 0.02
     embed: Params = {
-        "tokens": ParamSpec((V, D), ("vocab", "embed"), "normal", embed_std, "embedding")
+        "tokens": ParamSpec((V, D), ("vocab", "table"), "normal", embed_std, "embedding")
     }
     if config.position == "learned":
         embed["positions"] = ParamSpec(
-            (config.context_length, D), ("context", "embed"), "normal", embed_std, "embedding"
+            (config.context_length, D), ("context", "table"), "normal", embed_std, "embedding"
         )
     specs: Params = {
         "embed": embed,
@@ -124,7 +142,7 @@ def param_specs(config: ModelConfig) -> Params:
     if not config.tie_embeddings:
         # Zero starts at the uniform guess, whatever the width.
         init = "zeros" if modern else "normal"
-        specs["head"] = {"kernel": ParamSpec((V, D), ("vocab", "embed"), init, 0.02, "embedding")}
+        specs["head"] = {"kernel": ParamSpec((V, D), ("vocab", "table"), init, 0.02, "embedding")}
     return specs
 
 
@@ -190,16 +208,21 @@ def count_params(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
     """Floating-point operations that training spends on one token, forward and backward.
 
-    Six a weight that takes part in a matrix product, and `12 · L · H · C · T` for attention
-    scores and values over a full context of T tokens, causality not deducted (the convention of
-    Chowdhery et al. 2022, appendix B, by which MFU is compared).
+    Six a weight that takes part in a token's matrix products, and `12 · L · H · C · T` for
+    attention scores and values over a full context of T tokens, causality not deducted (the
+    convention of Chowdhery et al. 2022, appendix B, by which MFU is compared).
 
     Args:
         config: the model.
         context: T; None is the model's context length.
     """
     specs = jax.tree.leaves(param_specs(config), is_leaf=is_spec)
-    weights = sum(math.prod(spec.shape) for spec in specs if spec.kind == "matrix")
+    chosen = 1.0 if config.num_experts is None else config.experts_per_token / config.num_experts
+    weights = sum(
+        math.prod(spec.shape) * (chosen if "experts" in spec.axes else 1)
+        for spec in specs
+        if spec.kind == "matrix"
+    )
     weights += config.vocab_size * config.embed_dim
     length = config.context_length if context is None else context
     attention = 12 * config.num_layers * config.num_heads * config.head_width * length

@@ -212,7 +212,7 @@ def _scored(
     params: Params, tokens_BT: jax.Array, targets_BT: jax.Array, config: ModelConfig, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities, entropies and ranks of targets, each `[B, T]`, by blocks of tokens."""
-    x_BTD, _ = hidden_states(params, tokens_BT, config)
+    x_BTD, *_ = hidden_states(params, tokens_BT, config)
     B, T, D = x_BTD.shape
     blocks = math.ceil(B * T / block)
     length = math.ceil(B * T / blocks)

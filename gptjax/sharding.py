@@ -1,34 +1,49 @@
 """Where arrays lie: a mesh, and one table from logical axes to mesh axes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, nearest
 
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 
 RULES: dict[str, tuple[str, ...]] = {
-    # Activations.
-    "batch": ("data", "fsdp"),
+    # Activations. Whatever holds experts holds rows too, so that it has work between them.
+    "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
+    # Between the products of a block, where every device of a tensor group would else hold and
+    # compute the same (Korthikanti et al. 2022, section 4.2.2).
+    "residual": ("context", "tensor"),
+    # The width of activations is whole: only weights are split over fsdp.
+    "width": (),
+    "columns": ("tensor",),
     # Parameters: a matrix is split once over fsdp, by its model width, and once over tensor.
     "embed": ("fsdp",),
-    "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "layers": (),
+    "experts": ("expert",),
+    "router": (),
+    "layers": ("stage",),
     "head": (),
+    # Tables of vectors are split by their width alone, so that they may have any number of rows.
+    "table": ("tensor", "fsdp"),
+    "vocab": (),
     "context": (),
-    # The width of activations is whole: only weights are split over fsdp.
-    "width": (),
+    # The output matrix in use, padded to divide.
+    "vocab_parts": ("tensor",),
 }
 """Logical axis -> the mesh axes that it is split over."""
+
+PRESETS = ("dp", "fsdp", "tp", "fsdp+tp", "context", "expert", "stage")
+"""Names of meshes, see `parse_mesh`."""
 
 
 TOKENS_PER_CORE = 256
@@ -48,17 +63,21 @@ def make_mesh(
 
     Args:
         data: replicas, each with its share of the batch.
-        fsdp: parts that parameters, optimizer state and the batch are split into.
-        tensor: parts that heads, hidden width and vocabulary are split into.
-        context: parts that the sequence is split into.
-        expert: parts that experts are split into.
-        stage: parts that the depth is split into.
+        fsdp: parts that parameters, optimizer state and the batch are split into (Rajbhandari et
+            al. 2020, stage 3).
+        tensor: parts that heads, hidden width and vocabulary are split into (Shoeybi et al. 2019),
+            and between them the sequence.
+        context: parts that the sequence is split into, attention going round in a ring.
+        expert: parts that experts are split into, and the batch.
+        stage: parts that the depth is split into, a batch passing through in microbatches.
         devices: None means all.
 
-    One axis may be -1: as many as there are devices left.
+    One axis may be -1: as many as there are devices left. Of TPU slices joined by a data-center
+    network, `data` is what spans them.
 
     Raises:
-        UserError: if the product of the axes is not the number of devices.
+        UserError: if the product of the axes is not the number of devices, or `data` does not
+            divide over the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor, context, expert, stage]
@@ -75,10 +94,58 @@ def make_mesh(
             f"mesh axes {shape} make {math.prod(sizes)} devices, but there are {len(devices)}; "
             "set one axis to -1 to take what is left, or pass devices="
         )
-    axis_types = (AxisType.Auto,) * len(sizes)
-    if len(devices) == 1:
-        return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=axis_types)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types, devices=devices)
+    return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _arranged(devices: Sequence[Any], sizes: list[int]) -> np.ndarray:
+    """The devices as an array of the mesh's shape, neighbours of the network next to each other."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        # A torus of three dimensions may be asked for two, or for parts of one.
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, *rest = sizes
+    if data % slices:
+        raise UserError(
+            f"the mesh's data axis is {data}, but the devices are {slices} slices, over which it "
+            f"divides; give a multiple of {slices}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        [data // slices, *rest],
+        [slices] + [1] * len(rest),
+        devices,
+        allow_split_physical_axes=True,
+    )
+
+
+def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh from its name or sizes, as a command's flag gives it.
+
+    Args:
+        text: sizes such as "fsdp=4,tensor=2", of which one may be -1, or a preset: "dp", "fsdp",
+            "tp", "context", "expert" and "stage" put all devices on that axis; "fsdp+tp" puts up to
+            8 on `tensor` (a power of two whose square they hold) and the rest on `fsdp`.
+        devices: None means all.
+
+    Raises:
+        UserError: if the text is neither, and as `make_mesh` does.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if text == "fsdp+tp":
+        tensor = max(n for n in (1, 2, 4, 8) if n * n <= len(devices) and len(devices) % n == 0)
+        return make_mesh(fsdp=-1, tensor=tensor, devices=devices)
+    if text in PRESETS:
+        axis: Any = {"dp": "data", "tp": "tensor"}.get(text, text)
+        return make_mesh(**{axis: -1}, devices=devices)
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in MESH_AXES:
+            known = MESH_AXES if "=" in text else (*PRESETS, "auto")
+            raise UserError(f"mesh {text!r}: {axis!r} is no mesh axis{nearest(axis, known)}")
+        if axis in sizes or not size.removeprefix("-").isdecimal():
+            raise UserError(f"mesh {text!r}: give each axis one whole number, as in {axis}=2")
+        sizes[axis] = int(size)
+    return make_mesh(**sizes, devices=devices)
 
 
 def data_mesh(rows: int, tokens: int) -> Mesh | None:
@@ -122,13 +189,24 @@ def named_sharding(
         UserError: if a dimension does not divide: GSPMD would silently replicate it.
     """
     for axis, size in zip(axes, shape, strict=True):
-        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis])
+        parts = axis_parts(axis, mesh)
         if size % parts:
+            legal = [n for n in range(1, size + 1) if size % n == 0]
             raise UserError(
                 f"{name}: axis {axis!r} of size {size} does not divide over the mesh's "
-                f"{' × '.join(RULES[axis])} = {parts}; choose a divisor of {size}"
+                f"{' × '.join(RULES[axis])} = {parts}; choose one of {_shortened(legal)}"
             )
     return NamedSharding(mesh, partition_spec(axes))
+
+
+def axis_parts(axis: str, mesh: Any = None) -> int:
+    """How many parts a logical axis has on a mesh, or under the mesh in force."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis])
+
+
+def _shortened(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 12 else f"{numbers[:12]} …"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -136,9 +214,80 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch", "sequence")))
 
 
+def check_batch(rows: int, length: int, mesh: Mesh, parts: int = 1) -> None:
+    """Checks that a batch divides over a mesh.
+
+    Args:
+        rows: B.
+        length: T, tokens a row.
+        mesh: the mesh.
+        parts: microbatches that the rows are split into first.
+
+    Raises:
+        UserError: if not; the nearest sizes that do are named.
+    """
+    for what, size, axis, micros in (
+        (f"batch of {rows} rows", rows, "batch", parts),
+        (f"sequence of {length} tokens", length, "sequence", 1),
+    ):
+        divisor = axis_parts(axis, mesh) * micros
+        if size % divisor:
+            below = size // divisor * divisor
+            nearest_sizes = [n for n in (below, below + divisor) if n]
+            raise UserError(
+                f"{what} does not divide into {divisor} parts, over the mesh's "
+                f"{' × '.join(RULES[axis])}{f' and {micros} microbatches' if micros > 1 else ''}; "
+                f"the nearest that do are {nearest_sizes}"
+            )
+
+
+@dataclass(frozen=True)
+class UnreadBatch:
+    """A batch whose rows are read where they are needed.
+
+    Attributes:
+        rows: B.
+        read: gives rows `[start, stop)` as a dict of arrays, whichever B the batch has.
+    """
+
+    rows: int
+    read: Callable[[int, int], Mapping[str, np.ndarray]]
+
+
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Starts a batch's way to the devices of a mesh; for None to the default one."""
-    return jax.device_put(batch, None if mesh is None else batch_sharding(mesh))
+    """Starts a batch's way to the devices of a mesh; for None to the default one.
+
+    Args:
+        batch: a dict of arrays `[B, T]`, of which every process has the whole, or an `UnreadBatch`,
+            of which each reads the rows that its own devices hold.
+        mesh: the mesh, which may reach over several processes.
+
+    Returns:
+        The dict of global arrays.
+    """
+    if mesh is None:
+        return jax.device_put(batch, None)
+    place = batch_sharding(mesh)
+    if place.is_fully_addressable:
+        return jax.device_put(batch, place)
+    if not isinstance(batch, UnreadBatch):
+        whole = batch
+        rows = len(next(iter(whole.values())))
+        batch = UnreadBatch(rows, lambda start, stop: {k: x[start:stop] for k, x in whole.items()})
+    by_rows = NamedSharding(mesh, PartitionSpec(place.spec[0]))
+    held = by_rows.addressable_devices_indices_map((batch.rows,)).values()
+    # Devices that differ in other axes than rows hold the same ones: these are read once.
+    ranges = {index[0].indices(batch.rows)[:2] for index in held if index is not None}
+    parts = {part: batch.read(*part) for part in sorted(ranges)}
+
+    def global_array(name: str, length: int) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
+            return parts[index[0].indices(batch.rows)[:2]][name][:, index[1]]
+
+        return jax.make_array_from_callback((batch.rows, length), place, shard)
+
+    one = next(iter(parts.values()))
+    return {name: global_array(name, array.shape[1]) for name, array in one.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -149,12 +298,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an intermediate value's layout, by logical axes, under the mesh in force.
 
-    The identity where no mesh is set (`jax.set_mesh`) or it has one device.
+    The identity where no mesh is set (`jax.set_mesh`) or it has one device. What serves memory
+    alone, "residual", is left out where a sequence is too short to divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    fitting = [
+        "sequence" if axis == "residual" and size % axis_parts(axis) else axis
+        for axis, size in zip(axes, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, partition_spec(fitting))
+
+
+def on_each_device(
+    function: Callable[..., Any],
+    inputs: Sequence[Sequence[str | None]],
+    outputs: Sequence[Any],
+) -> Callable[..., Any]:
+    """The function on every device's own part of its inputs, under the mesh in force.
+
+    Args:
+        function: of arrays, the parts of one device; it may communicate over mesh axes by name.
+        inputs: the logical axes of each argument.
+        outputs: the logical axes of the result, or of each where there are several.
+    """
+    # What varies over which axis is not tracked: Pallas kernels cannot say it, and a function that
+    # is mapped over stages is refused.
+    return jax.shard_map(
+        function,
+        in_specs=tuple(partition_spec(axes) for axes in inputs),
+        out_specs=tuple(partition_spec(axes) for axes in outputs)
+        if isinstance(outputs[0], tuple)
+        else partition_spec(outputs),
+        check_vma=False,
+    )
 
 
 def like_params(tree: Any, params: Any, shardings: Any, other: Any) -> Any:
@@ -185,9 +363,3 @@ def like_params(tree: Any, params: Any, shardings: Any, other: Any) -> Any:
         return other
 
     return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def batch_parts() -> int:
-    """How many devices share the rows of a batch under the mesh in force."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -268,7 +268,9 @@ def verify(
         [before.state.token_B[:, None], jnp.maximum(proposals.tokens_BK, 0)], axis=1
     )
     slots_BT = length_B[:, None] + jnp.arange(K + 1)[None]
-    x_BTD, cache = hidden_states(params, read_BT, config, cache=before.state.cache, slots=slots_BT)
+    x_BTD, cache, _ = hidden_states(
+        params, read_BT, config, cache=before.state.cache, slots=slots_BT
+    )
     assert cache is not None
     logits_TBV = unembed(params, x_BTD, config).swapaxes(0, 1)
     # After the last proposal stands none.

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.loss import Batch, LossOptions, loss_sums
+from gptjax.loss import Batch, LossOptions, loss_sums, mean_metrics
 from gptjax.params import Params, init_params, param_shardings
 
 if TYPE_CHECKING:
@@ -133,10 +133,12 @@ def make_train_step(
     Returns:
         The step. It donates the state: the one passed in is gone. Metrics are float32 scalars:
         `loss` (mean over counted targets, before the update), `tokens` (sum of weights),
-        `grad_norm` (before clipping) and `skipped` (0 or 1).
+        `grad_norm` (before clipping), `skipped` (0 or 1) and, of a mixture of experts, those of
+        `loss_fn`.
 
     Raises:
-        UserError: at the first call, if the batch does not divide into microbatches.
+        UserError: if the parameters do not divide over the mesh; and at the first call, if the
+            batch does not divide over it or into microbatches.
     """
 
     def gradients(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Params, Metrics]:
@@ -162,15 +164,16 @@ def make_train_step(
                 micro_key = None if key is None else jax.random.fold_in(key, index)
                 return jax.tree.map(jnp.add, totals, sum_gradients(params, micro, micro_key)), None
 
-            zeros = {"nll": jnp.float32(0), "tokens": jnp.float32(0)}
-            (grads, sums), _ = jax.lax.scan(
-                microbatch,
-                (jax.tree.map(jnp.zeros_like, params), zeros),
-                (split_batch(batch, accumulate), jnp.arange(accumulate)),
+            micros = split_batch(batch, accumulate)
+            first = jax.tree.map(lambda x: x[0], micros)
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(sum_gradients, params, first, key),
             )
+            (grads, sums), _ = jax.lax.scan(microbatch, zeros, (micros, jnp.arange(accumulate)))
         count = jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
         grads = jax.tree.map(lambda grad: grad * (size / count), grads)
-        return grads, {"loss": sums["nll"] / count, "tokens": sums["tokens"]}
+        return grads, mean_metrics(sums)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         import optax
@@ -212,7 +215,7 @@ def make_train_step(
         donate_argnums=0,
     )
 
-    return _OnMesh(jitted, mesh)
+    return _OnMesh(jitted, mesh, accumulate)
 
 
 @dataclass(frozen=True)
@@ -221,13 +224,16 @@ class _OnMesh:
 
     jitted: Any
     mesh: Mesh
+    accumulate: int
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        sharding.check_batch(*batch["tokens"].shape, self.mesh, self.accumulate)
         with jax.set_mesh(self.mesh):
             return self.jitted(state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
         """Traces for these shapes, as a jitted function's `lower` does."""
+        sharding.check_batch(*batch["tokens"].shape, self.mesh, self.accumulate)
         with jax.set_mesh(self.mesh):
             return self.jitted.lower(state, batch)
 

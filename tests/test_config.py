@@ -74,6 +74,9 @@ def test_dicts_and_hashes() -> None:
         ({"dropout": 1.0}, ["dropout", "1.0"]),
         ({"vocab_size": 0}, ["vocab_size", "0"]),
         ({"logit_softcap": -1.0}, ["logit_softcap", "-1.0"]),
+        ({"num_experts": 4, "experts_per_token": 5}, ["experts_per_token is 5", "is 4"]),
+        ({"shared_experts": 1}, ["shared_experts is 1", "num_experts"]),
+        ({"remat": "half"}, ["half", "full"]),
     ],
 )
 def test_illegal_configs_are_refused_by_name(changes: dict, words: list[str]) -> None:
@@ -117,24 +120,28 @@ def abstract_mesh(**axes: int) -> AbstractMesh:
 
 def test_a_dimension_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError) as error:
-        param_shardings(GPT2, abstract_mesh(tensor=2))
+        param_shardings(GPT2.replace(embed_dim=36), abstract_mesh(fsdp=8))
     message = str(error.value)
-    for word in ("embed.tokens", "'vocab'", "31", "tensor", "2"):
+    for word in ("blocks.attention", "'embed'", "36", "fsdp = 8", "[1, 2, 3, 4, 6, 9, 12, 18, 36]"):
         assert word in message
-    even = GPT2.replace(vocab_size=32)
-    with pytest.raises(UserError, match=r"heads' of size 4 .*tensor = 8"):
-        param_shardings(even, abstract_mesh(tensor=8))
-    with pytest.raises(UserError, match=r"'kv_heads' of size 2 .*tensor = 4"):
-        param_shardings(even.replace(num_kv_heads=2), abstract_mesh(tensor=4))
+    with pytest.raises(UserError, match=r"heads' of size 4 .*tensor = 8.*\[1, 2, 4\]"):
+        param_shardings(GPT2, abstract_mesh(tensor=8))
+    with pytest.raises(UserError, match=r"'kv_heads' of size 2 .*tensor = 4.*\[1, 2\]"):
+        param_shardings(GPT2.replace(num_kv_heads=2), abstract_mesh(tensor=4))
+    with pytest.raises(UserError, match=r"'layers' of size 2 .*stage = 4"):
+        param_shardings(GPT2, abstract_mesh(stage=4))
+    with pytest.raises(UserError, match=r"'experts' of size 6 .*expert = 4"):
+        param_shardings(GPT2.replace(num_experts=6), abstract_mesh(expert=4))
 
 
 def test_every_matrix_is_split_over_fsdp_and_tensor() -> None:
-    shardings = param_shardings(GPT2.replace(vocab_size=32), abstract_mesh(fsdp=4, tensor=2))
-    assert shardings["embed"]["tokens"].spec == PartitionSpec("tensor", "fsdp")
+    # The number of tokens, 31, divides by nothing.
+    shardings = param_shardings(GPT2, abstract_mesh(fsdp=4, tensor=2))
+    assert shardings["embed"]["tokens"].spec == PartitionSpec(None, ("tensor", "fsdp"))
     blocks = shardings["blocks"]
-    assert blocks["attention"]["query"].spec == PartitionSpec(None, "fsdp", "tensor", None)
-    assert blocks["attention"]["out"].spec == PartitionSpec(None, "tensor", None, "fsdp")
-    assert blocks["mlp"]["down"].spec == PartitionSpec(None, "tensor", "fsdp")
+    assert blocks["attention"]["query"].spec == PartitionSpec("stage", "fsdp", "tensor", None)
+    assert blocks["attention"]["out"].spec == PartitionSpec("stage", "tensor", None, "fsdp")
+    assert blocks["mlp"]["down"].spec == PartitionSpec("stage", "tensor", "fsdp")
 
 
 def test_trees_like_the_parameters_lie_like_them() -> None:

@@ -31,6 +31,10 @@ def random_tokens(config: ModelConfig, rng: np.random.Generator, rows: int = 3) 
     return rng.integers(0, config.vocab_size, shape).astype(np.int32)
 
 
+def random_key(rng: np.random.Generator) -> jax.Array:
+    return jax.random.key(int(rng.integers(2**31)))
+
+
 @STYLES
 def test_no_gradient_flows_from_later_tokens(config: ModelConfig, rng: np.random.Generator) -> None:
     # Untied, so that the table is an input alone; distinct tokens, so that a row is one place.
@@ -203,16 +207,16 @@ def test_remat_recomputes() -> None:
 
 def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(rng: np.random.Generator) -> None:
     x = jnp.ones((200, 500))
-    out = np.asarray(dropout(x, 0.3, jax.random.key(int(rng.integers(2**31)))))
+    out = np.asarray(dropout(x, 0.3, jax.random.split(random_key(rng), len(x))))
     assert np.mean(out == 0) == pytest.approx(0.3, abs=0.01)
     assert out.mean() == pytest.approx(1, abs=0.01)
     assert dropout(x, 0.3, None) is x
-    np.testing.assert_array_equal(dropout(x, 0.0, jax.random.key(0)), x)
+    np.testing.assert_array_equal(dropout(x, 0.0, jax.random.split(random_key(rng), len(x))), x)
 
 
 def test_dropout_of_attention_keeps_the_mean(rng: np.random.Generator) -> None:
     q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(3))
-    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), 4000)
+    keys = jax.random.split(random_key(rng), (4000, 1))
     drawn = jax.jit(jax.vmap(lambda key: attention(q, k, v, dropout=0.3, dropout_key=key)))(keys)
     np.testing.assert_allclose(drawn.mean(axis=0), attention(q, k, v), atol=0.12)
     assert np.std(np.asarray(drawn), axis=0).min() > 0
@@ -232,6 +236,18 @@ def test_dropout_follows_its_key(config: ModelConfig, rng: np.random.Generator) 
     np.testing.assert_array_equal(run(params, tokens, config), whole)
 
 
+def test_rows_have_dropout_of_their_own(rng: np.random.Generator) -> None:
+    """And what a row drops does not depend on those beside it."""
+    config = GPT2.replace(dropout=0.5)
+    params, key = random_params(config, rng), random_key(rng)
+    tokens = np.repeat(random_tokens(config, rng, rows=1), 4, axis=0)
+    drawn = np.asarray(run(params, tokens, config, dropout_key=key))
+    for row in range(1, 4):
+        assert np.abs(drawn[row] - drawn[0]).max() > 1e-2
+    fewer = run(params, tokens[:2], config, dropout_key=key)
+    np.testing.assert_allclose(fewer, drawn[:2], atol=1e-5, rtol=1e-5)
+
+
 def test_layers_have_dropout_of_their_own(rng: np.random.Generator) -> None:
     """Two equal layers with equal inputs differ, or they would share a key."""
     config = GPT2.replace(dropout=0.5)
@@ -244,9 +260,8 @@ def test_layers_have_dropout_of_their_own(rng: np.random.Generator) -> None:
     from gptjax.model import Context, run_blocks
 
     x = jnp.zeros((1, 16, 32))
-    out, _ = run_blocks(
-        blocks, x, Context(None, None, None), config, jax.random.key(int(rng.integers(99))), None
-    )
+    keys = jax.random.split(random_key(rng), 1)
+    out = run_blocks(blocks, x, Context(None, None, None), config, keys, None).x_BTD
     # Each layer adds 0 or 2: with a key of its own, 2 arises in half of the places.
     assert set(np.unique(np.asarray(out)).tolist()) == {0.0, 2.0, 4.0}
 
@@ -272,7 +287,11 @@ def test_the_gradient_of_the_embedding_is_a_sum_over_uses(
     table = jnp.asarray(rng.normal(size=(vocab_size, 8)), jnp.float32)
     tokens = rng.integers(0, 20, (3, 11))
     upstream = rng.normal(size=(3, 11, 8)).astype(np.float32)
-    got = jax.grad(lambda table: jnp.sum(look_up(table, jnp.asarray(tokens)) * upstream))(table)
+
+    def objective(table: jax.Array) -> jax.Array:
+        return jnp.sum(look_up(table, jnp.asarray(tokens), jnp.float32) * upstream)
+
+    got = jax.grad(objective)(table)
     expected = np.zeros(table.shape)
     np.add.at(expected, tokens, upstream)
     np.testing.assert_allclose(got, expected, atol=1e-5)

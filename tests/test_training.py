@@ -1,8 +1,6 @@
 """The train step: exact under accumulation and on meshes, compiled once, its state donated."""
 
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,9 @@ import jax
 import numpy as np
 import optax
 import pytest
+from on_devices import run_alone
 from small_models import GPT2, STYLES, random_params
 
-import gptjax
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.loss import loss_fn
@@ -175,8 +173,8 @@ def test_the_average_follows_its_formula_and_metrics_are_those_before(
             partial(np.testing.assert_allclose, atol=1e-6), host(state.ema_params), average
         )
         if number == 0:
-            loss, _ = gptjax.loss_fn(before, batch, GPT2)
-            grads = jax.jit(jax.grad(lambda p: gptjax.loss_fn(p, batch, GPT2)[0]))(params)
+            loss, _ = loss_fn(before, batch, GPT2)
+            grads = jax.jit(jax.grad(lambda p: loss_fn(p, batch, GPT2)[0]))(params)
             assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
             norm = float(optax.tree.norm(grads))
             assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
@@ -228,23 +226,6 @@ def test_no_rank_is_promoted(
         jax.eval_shape(step, state, batch)
 
 
-def run_alone(script: str, flags: str, folder: Path) -> str:
-    """What a script prints in a process of its own, on CPUs."""
-    root = str(Path(gptjax.__file__).parents[1])
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=env,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 CORES = """
 import jax
 from gptjax.devices import cores_as_devices
@@ -258,56 +239,9 @@ print(jax.device_count(), *(len(mesh_devices(data_mesh(*case))) for case in {cas
 def test_a_batch_is_split_over_the_cores_that_divide_it(tmp_path: Path) -> None:
     cases = [(12, 768), (12, 255), (12, 512), (7, 10_000), (5, 10_000), (1, 10_000)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for flag, most, devices in (("=6", 16, 6), ("=6", 2, 6), ("", 2, min(cores or 1, 2))):
-        flags = f"--xla_force_host_platform_device_count{flag}" if flag else ""
-        printed = run_alone(CORES.format(most=most, cases=cases), flags, tmp_path)
+    for flag, most, devices in ((6, 16, 6), (6, 2, 6), (None, 2, min(cores or 1, 2))):
+        printed = run_alone(CORES.format(most=most, cases=cases), tmp_path, devices=flag)
         found = [int(word) for word in printed.split()]
         assert found[0] == devices
         if devices == 6:
             assert found[1:] == [3, 1, 2, 1, 5, 1]
-
-
-EIGHT = """
-import jax, numpy as np, optax
-from gptjax import ModelConfig, init_state, make_mesh, make_train_step, LossOptions
-
-assert len(jax.devices()) == 8
-config = ModelConfig(vocab_size=32, context_length=16, num_layers=2, embed_dim=32, num_heads=4,
-                     num_kv_heads=2, compute_dtype="float32")
-rng = np.random.default_rng({seed})
-batches = []
-for _ in range(2):
-    tokens = rng.integers(0, 32, (16, 17)).astype(np.int32)
-    weights = rng.uniform(0, 1, (16, 16)).astype(np.float32)
-    batches.append({{"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}})
-optimizer = optax.sgd(0.5, momentum=0.9)
-results = []
-for mesh, accumulate in (
-    (None, 1), (make_mesh(data=2, fsdp=4), 1), (make_mesh(data=2, fsdp=2, tensor=2), 2)
-):
-    options = LossOptions(logits_at_once=16 * 4 * 32 // (1 if mesh is None else 4))
-    step = make_train_step(config, optimizer, mesh, accumulate=accumulate, loss_options=options)
-    state = init_state(config, optimizer, jax.random.key(3), mesh)
-    losses = []
-    for batch in batches:
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
-    if mesh is not None:
-        assert step.jitted._cache_size() == 1
-        parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
-        for tree in (state.params, state.opt_state[0].trace):
-            for leaf in (tree["embed"]["tokens"], tree["blocks"]["mlp"]["up"]):
-                assert leaf.addressable_shards[0].data.size * parts == leaf.size
-        places = jax.tree.map(lambda x: x.sharding, (state.params, state.opt_state[0].trace))
-        assert jax.tree.leaves(places[0]) == jax.tree.leaves(places[1])
-    results.append(jax.tree.map(np.asarray, (state.params, losses)))
-for other in results[1:]:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results[0], other)
-print("equal")
-"""
-
-
-def test_eight_devices_equal_one(rng: np.random.Generator, tmp_path: Path) -> None:
-    flags = "--xla_force_host_platform_device_count=8"
-    script = EIGHT.format(seed=int(rng.integers(2**32)))
-    assert "equal" in run_alone(script, flags, tmp_path)

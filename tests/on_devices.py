@@ -1,0 +1,30 @@
+"""Scripts in processes of their own, on simulated devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gptjax
+
+
+def run_alone(script: str, folder: Path, *, devices: int | None = None, seconds: int = 120) -> str:
+    """What a script prints, on so many CPU devices; None leaves their number to JAX."""
+    root, tests = Path(gptjax.__file__).parents[1], Path(__file__).parent
+    flags = f"--xla_force_host_platform_device_count={devices}" if devices else ""
+    env = os.environ | {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{root}{os.pathsep}{tests}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
