@@ -355,21 +355,58 @@ def project_qkv(
     H, K, C = config.num_heads, config.kv_heads, config.head_width
     if "qkv" in params:
         kernel, bias = params["qkv"], params.get("qkv_bias")
-    elif axis_parts("embed") == 1:
-        kernel, bias = join_qkv(params, config)
     else:
-        # Kernels that are gathered first, and whose gradients are scattered, gain nothing by a
-        # further copy; and the partitioner no longer sees through it.
-        q, k, v = (
-            linear(x_BTD, params[name], params.get(f"{name}_bias"))
-            for name in ("query", "key", "value")
-        )
-        return q, k, v
-    qkv_BTKNC = linear(x_BTD, kernel, bias)
+        kernel, bias = join_qkv(params, config)
+    if "qkv" in params or axis_parts("embed") == 1:
+        qkv_BTKNC = linear(x_BTD, kernel, bias)
+    else:
+        kernels = tuple(params[name] for name in _QKV)
+        qkv_BTKNC = checkpoint_name(_joined_product(x_BTD, kernels, config), "product")
+        if bias is not None:
+            qkv_BTKNC = qkv_BTKNC + along_last(bias.astype(x_BTD.dtype), qkv_BTKNC)
     qkv_BTKNC = constrain(qkv_BTKNC, "batch", "sequence", "kv_heads", None, "head")
     # A split, whose gradient is one concatenation; three slices would be padded and added.
     q, k, v = jax.lax.split(qkv_BTKNC, (H // K, 1, 1), axis=3)
     return q.reshape(B, T, H, C), k.reshape(B, T, K, C), v.reshape(B, T, K, C)
+
+
+_QKV = ("query", "key", "value")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _joined_product(
+    x_BTD: jax.Array, kernels: tuple[jax.Array, ...], config: ModelConfig
+) -> jax.Array:
+    """x times the joined kernels, where each lies split over its inputs.
+
+    One product forward and one for x's gradient, as for a joined kernel, but a product for each
+    kernel's gradient: these are scattered over devices as they come, where slices of a joined one
+    are first summed everywhere.
+    """
+    kernel_DKNC, _ = join_qkv(dict(zip(_QKV, kernels, strict=True)), config)
+    return jnp.einsum("btd,dknc->btknc", x_BTD, kernel_DKNC.astype(x_BTD.dtype))
+
+
+def _joined_product_forward(x_BTD: jax.Array, kernels: tuple[jax.Array, ...], config: ModelConfig):
+    return _joined_product(x_BTD, kernels, config), (x_BTD, kernels)
+
+
+def _joined_product_backward(
+    config: ModelConfig, residuals: tuple[jax.Array, tuple[jax.Array, ...]], grad_BTKNC: jax.Array
+):
+    x_BTD, kernels = residuals
+    kernel_DKNC, _ = join_qkv(dict(zip(_QKV, kernels, strict=True)), config)
+    grad_x = jnp.einsum("btknc,dknc->btd", grad_BTKNC, kernel_DKNC.astype(x_BTD.dtype))
+    parts = jax.lax.split(grad_BTKNC, (config.num_heads // config.kv_heads, 1, 1), axis=3)
+    grads = [jnp.einsum("btd,btknc->dknc", x_BTD, part) for part in parts]
+    shaped = (
+        grad.reshape(kernel.shape).astype(kernel.dtype)
+        for grad, kernel in zip(grads, kernels, strict=True)
+    )
+    return grad_x, tuple(shaped)
+
+
+_joined_product.defvjp(_joined_product_forward, _joined_product_backward)
 
 
 def mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
