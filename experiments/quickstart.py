@@ -9,6 +9,7 @@ started again at any time.
 from gptjax.command_line import parse, run_command
 from gptjax.config import preset
 from gptjax.experiment import Experiment, train
+from gptjax.hosts import is_main
 from gptjax.optimizer import OptimizerConfig
 
 QUICKSTART = Experiment(
@@ -38,7 +39,7 @@ QUICKSTART = Experiment(
 def main() -> None:
     experiment = parse({"quickstart": QUICKSTART}, "quickstart", str(__doc__))
     result = train(experiment)
-    if result.finished:
+    if result.finished and is_main():
         print(f'Sample more: gptjax generate {result.out} "The function "')
 
 

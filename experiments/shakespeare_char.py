@@ -7,6 +7,8 @@ on as many tokens. Without --data the text (1.1 MB) is downloaded once.
 """
 
 import hashlib
+import os
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -15,6 +17,7 @@ from gptjax.command_line import parse, run_command
 from gptjax.config import ModelConfig, preset
 from gptjax.errors import UserError
 from gptjax.experiment import Experiment, train
+from gptjax.hosts import is_main
 from gptjax.optimizer import OptimizerConfig
 
 URL = (
@@ -90,7 +93,10 @@ def download() -> None:
     if hashlib.sha256(text).hexdigest() != SHA256:
         raise UserError(f"what {URL} sends has changed; pass --data with a text file")
     DOWNLOADED.parent.mkdir(parents=True, exist_ok=True)
-    DOWNLOADED.write_bytes(text)
+    # Other processes of a run may be doing the same.
+    part = DOWNLOADED.with_name(f"{DOWNLOADED.name}.{socket.gethostname()}.{os.getpid()}")
+    part.write_bytes(text)
+    os.replace(part, DOWNLOADED)
 
 
 def main() -> None:
@@ -98,7 +104,7 @@ def main() -> None:
     if experiment.data == str(DOWNLOADED):
         download()
     result = train(experiment)
-    if result.finished:
+    if result.finished and is_main():
         print(f'Sample more: gptjax generate {result.out} "KING RICHARD:"')
 
 

@@ -6,6 +6,9 @@ restores array data with flipped bits without a word, so a `manifest.json` with 
 SHA-256 of every file is written when everything else is on disk, and **a step counts as complete
 only when its manifest stands**. The manifest also holds the caller's metadata, the metric and the
 shape of every leaf: reading those needs neither Orbax nor the arrays.
+
+Where a run has several processes all of them save and restore together, and need a folder that all
+of them see. Neither the arrays nor the metadata depend on their number.
 """
 
 import concurrent.futures
@@ -27,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import numpy as np
 
+from gptjax import hosts
 from gptjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +45,6 @@ _STEP_FOLDER = re.compile(r"(\d+)(\.replaced)?")
 _ORBAX_LEFTOVER = re.compile(r".*\.orbax-checkpoint-tmp.*")
 _MAX_DIFFERENCES = 8
 _HASH_THREADS = 4
-_FAILED_ELSEWHERE = OSError("saving failed on another process, whose error says why")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,10 @@ class CheckpointManager:
         if error is None:
             self.close()
             return
+        if jax.process_count() > 1:
+            # The other processes need not have failed, and would not agree with this one.
+            self._executor.shutdown(wait=False)
+            return
         # The error of the body is the one to see; a save that fails besides is told along with it.
         try:
             self.close()
@@ -153,21 +160,17 @@ class CheckpointManager:
             "leaves": _leaves(state),
         }
         later = [number for number in self.steps() if number > step]
-        if later:
+        if later and hosts.is_main():
             warnings.warn(
                 f"step {step} is saved while later steps are stored in {self.directory}: {later} "
                 "are removed once it is complete",
                 stacklevel=2,
             )
         folder = self.directory / str(step)
-        problem = None
-        if jax.process_index() == 0:
-            try:
-                self._make_room(folder)
-            except OSError as error:
-                problem = error
-        if not _all_agree(problem is None):
-            raise _save_error(folder, problem or _FAILED_ELSEWHERE) from problem
+        try:
+            hosts.on_main(lambda: self._make_room(folder))
+        except OSError as error:
+            raise _save_error(folder, error) from error
         # Orbax' threads that wait for a folder made in the background outlive the failure to make
         # it by twenty minutes.
         context = ocp.Context()
@@ -189,8 +192,11 @@ class CheckpointManager:
             return
         error = self._pending.exception()
         self._pending = None
-        if not _all_agree(error is None):
-            raise error or _FAILED_ELSEWHERE
+        others = [problem for problem in hosts.gather(error and str(error)) if problem is not None]
+        if error is not None:
+            raise error
+        if others:
+            raise OSError(others[0])
 
     def close(self) -> None:
         """Waits like `wait`, then ends the background thread."""
@@ -242,7 +248,9 @@ class CheckpointManager:
         """Runs in the background: waits for Orbax, writes the manifest, removes old steps."""
         try:
             response.result()
-            if jax.process_index() != 0:
+            # Process 0 hashes all files: to share the work, processes would have to wait for each
+            # other in this thread while the main one has collectives of its own under way.
+            if not hosts.is_main():
                 return
             files = _file_entries(folder)
             _write_manifest(folder, content | {"files": files})
@@ -518,7 +526,7 @@ def _file_entries(folder: "epath.Path") -> dict[str, list[Any]]:
 
 
 def _verify(folder: "epath.Path", manifest: dict[str, Any], parts: Set[str]) -> None:
-    """Checks sizes and hashes of the files of some parts; many processes share the work."""
+    """Checks sizes and hashes of the files of some parts: this process's share of them."""
     unread = {"params", "state"} - parts
     entries = {
         folder / name: entry
@@ -526,22 +534,16 @@ def _verify(folder: "epath.Path", manifest: dict[str, Any], parts: Set[str]) -> 
         if name.partition("/")[0] not in unread
     }
     mine = list(entries)[jax.process_index() :: jax.process_count()]
-    damage = None
-    try:
-        for file in mine:
-            if not file.exists():
-                raise _DamagedError(f"{file} is missing")
-            size, expected = file.stat().length, entries[file][0]
-            if size != expected:
-                raise _DamagedError(f"{file} has {size} bytes instead of {expected}")
-        with concurrent.futures.ThreadPoolExecutor(_HASH_THREADS) as pool:
-            for file, digest in zip(mine, pool.map(_hash, mine), strict=True):
-                if digest != entries[file][1]:
-                    raise _DamagedError(f"the content of {file} has changed")
-    except _DamagedError as error:
-        damage = error
-    if not _all_agree(damage is None):
-        raise damage or _DamagedError(f"another process found damage in {folder}")
+    for file in mine:
+        if not file.exists():
+            raise _DamagedError(f"{file} is missing")
+        size, expected = file.stat().length, entries[file][0]
+        if size != expected:
+            raise _DamagedError(f"{file} has {size} bytes instead of {expected}")
+    with concurrent.futures.ThreadPoolExecutor(_HASH_THREADS) as pool:
+        for file, digest in zip(mine, pool.map(_hash, mine), strict=True):
+            if digest != entries[file][1]:
+                raise _DamagedError(f"the content of {file} has changed")
 
 
 def _write_manifest(folder: "epath.Path", manifest: dict[str, Any]) -> None:
@@ -695,20 +697,36 @@ def _first_good(
     wanted: PyTree,
     only: str | None = None,
 ) -> tuple["epath.Path", dict[str, Any]]:
-    """Finds the step to restore, verified, and its manifest; see `CheckpointManager.restore`."""
+    """Finds the step to restore, verified, and its manifest; see `CheckpointManager.restore`.
+
+    Every process comes to the same one, and to the same error.
+    """
     if step is not None and step not in folders:
         raise UserError(f"no checkpoint of step {step}; there are {list(folders)}")
+    # Processes may see a shared folder change at different times; process 0's view counts.
+    names = hosts.gather({number: os.fspath(folder) for number, folder in folders.items()})[0]
+    folders = {int(number): _path(folder) for number, folder in names.items()}
     damages = []
     for number in sorted(folders, reverse=True) if step is None else [step]:
         folder = folders[number]
+        manifest, damage, misfit = {}, None, None
         try:
             manifest = _read_manifest(folder)
             _check_structure(folder, manifest, wanted, only)
             _verify(folder, manifest, _parts(wanted).keys())
-        except _DamagedError as damage:
+        except _DamagedError as error:
+            damage = str(error)
+        except UserError as error:
+            misfit = str(error)
+        found = hosts.gather([damage, misfit])
+        for _, misfit in found:
+            if misfit is not None:
+                raise UserError(misfit)
+        damage = next((damage for damage, _ in found if damage is not None), None)
+        if damage is not None:
             damages.append(f"step {number} is damaged ({damage})")
             continue
-        if damages:
+        if damages and hosts.is_main():
             warnings.warn(f"{'; '.join(damages)}: falling back to step {number}", stacklevel=3)
         return folder, manifest
     raise UserError(
@@ -750,15 +768,6 @@ def _is_local(path: "epath.Path") -> bool:
 
 
 # The rest.
-
-
-def _all_agree(good: bool) -> bool:
-    """Whether `good` holds on every process; they wait for each other here."""
-    if jax.process_count() == 1:
-        return good
-    from jax.experimental import multihost_utils
-
-    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
 
 
 def _save_error(folder: "epath.Path", error: Exception) -> OSError:

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn, TypeVar
 
+from gptjax import hosts
 from gptjax.caching import cache_directory
 from gptjax.devices import cores_as_devices
+from gptjax.doctor import explain
 from gptjax.errors import NonFiniteLossError, UserError, nearest
 from gptjax.reporting import print_error
 
@@ -108,29 +110,35 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     """Runs a command or script: configures JAX, and ends with a status and errors in one line.
 
     Status 0 where it went well (also where a signal stopped a run that can be resumed), 2 where
-    the user's input was refused, 1 where a run failed.
+    the user's input was refused, 1 where a run failed. A process of several that fails ends the
+    others; see `gptjax.hosts`.
     """
     configure_jax()
-    status = 0
+    status, end = 0, None
     try:
         command()
     except NonFiniteLossError as error:
-        print_error(error)
-        status = 1
-    except BrokenPipeError:
+        status, end = 1, error
+    except BrokenPipeError as error:
         # Who read the output has enough; what is left has no reader.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # But a process of several that goes has gone for all.
+        status, end = (1, error) if hosts.are_several() else (0, None)
     except (UserError, OSError) as error:
-        print_error(error)
-        status = 2
+        status, end = 2, error
     except RuntimeError as error:
+        hosts.leave_with_others()
         if "backend" not in str(error):
             raise
-        print_error(RuntimeError(f"{str(error).splitlines()[0]}; gptjax doctor tells more"))
-        status = 1
+        status, end = 1, RuntimeError(f"{explain(error)}; gptjax doctor tells more")
     except KeyboardInterrupt:
-        print_error(KeyboardInterrupt("interrupted"))
-        status = 130
+        status, end = 130, KeyboardInterrupt("interrupted")
+    except Exception:
+        hosts.leave_with_others()
+        raise
+    if end is not None:
+        print_error(end)
+        hosts.fail(end, status)
     sys.stdout.flush()
     sys.exit(status)
 

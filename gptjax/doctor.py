@@ -3,8 +3,11 @@
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from gptjax.errors import UserError
 
 _PACKAGES = (
     "jax",
@@ -22,6 +25,11 @@ _PACKAGES = (
     "gguf",
 )
 _OPTIONAL = ("transformers", "torch")
+
+# What libtpu says by its version (the first two: https://github.com/jax-ml/jax/issues/10192).
+_TPU_IS_HELD = re.compile(
+    r"(TPU is|libtpu\.so) already in use|/dev/(accel|vfio)\S* ?: Device or resource busy"
+)
 
 
 def examine() -> Iterator[str]:
@@ -53,7 +61,7 @@ def examine() -> Iterator[str]:
             yield f"device      {device.id}: {device.device_kind} ({device.platform}{memory})"
     except Exception as error:  # A plugin may raise anything.
         backend = "none"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = explain(error)
         yield f"device      none: {reason}"
         platforms = os.environ.get("JAX_PLATFORMS")
         advice.append(
@@ -68,6 +76,52 @@ def examine() -> Iterator[str]:
         advice.append(f"install what is missing: pip install {' '.join(missing)}")
     for line in advice:
         yield f"advice: {line}"
+
+
+def require_platform(wanted: str) -> None:
+    """Checks that JAX runs on what is expected, before anything else is done.
+
+    Args:
+        wanted: "gpu", "tpu" or "cpu".
+
+    Raises:
+        UserError: if it does not; the error says why, as far as can be told.
+    """
+    import jax
+
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        raise UserError(f"{wanted} is required, but {explain(error)}") from None
+    if found == wanted:
+        return
+    reasons = []
+    try:
+        jax.devices(wanted)
+    except RuntimeError as error:
+        # Where JAX went on without it, this tells why.
+        if "initialize" in str(error):
+            reasons.append(explain(error))
+    advice = reasons or _accelerator_advice(found) or ["gptjax doctor tells more"]
+    raise UserError(f"{wanted} is required, but JAX runs on {found}; {'; '.join(advice)}")
+
+
+def explain(error: BaseException) -> str:
+    """What is wrong where JAX cannot start a device, in one line."""
+    text = str(error)
+    if "lockfile" in text:
+        return (
+            "libtpu's lock file is there: another process holds the TPU, or one that was killed "
+            "left the file; end that process, or remove /tmp/libtpu_lockfile"
+        )
+    if _TPU_IS_HELD.search(text):
+        holder = re.search(r"process with pid (\d+)", text)
+        return (
+            f"the TPU is held by {f'process {holder[1]}' if holder else 'another process'}, and it "
+            "serves one at a time; end that process (sudo lsof /dev/accel* /dev/vfio/* finds it), "
+            "or set JAX_PLATFORMS=cpu to run without"
+        )
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def _accelerator_advice(backend: str) -> list[str]:

@@ -4,14 +4,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import jax
 from jax.sharding import Mesh
 
+from gptjax import hosts
 from gptjax.config import ModelConfig
+from gptjax.doctor import require_platform
 from gptjax.errors import UserError
 from gptjax.fitting import FitResult, fit
 from gptjax.loss import LossOptions
 from gptjax.optimizer import OptimizerConfig
-from gptjax.sharding import data_mesh
+from gptjax.sharding import check_batch, data_mesh, make_mesh, parse_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,14 @@ class Experiment:
         nonfinite: What to do where the loss is not finite: stop, or skip the step.
         prompt: What samples continue.
         wandb: A Weights & Biases project to log to.
+        mesh: How devices share the work: sizes such as "fsdp=4,tensor=2", or "dp", "fsdp", "tp",
+            "fsdp+tp". Without it each batch is split over all that divide it.
+        require: What must be there to train on: gpu, tpu or cpu.
+        coordinator: HOST:PORT of process 0, where a run has several. Not needed, nor are the next
+            two, under Slurm, Open MPI and on Cloud TPU.
+        num_processes: How many processes the run has.
+        process_id: The number of this one, from 0.
+        start_timeout: Seconds to wait for all processes.
         model: The model. Its vocab_size grows to the tokenizer's.
         optimizer: The optimizer and its schedule.
     """
@@ -63,6 +74,12 @@ class Experiment:
     nonfinite: Literal["stop", "skip"] = "stop"
     prompt: str | None = None
     wandb: str | None = None
+    mesh: str | None = None
+    require: Literal["gpu", "tpu", "cpu"] | None = None
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    start_timeout: float = 300.0
     model: ModelConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -76,6 +93,14 @@ def train(experiment: Experiment) -> FitResult:
     """
     from gptjax.data import BatchLoader, evaluation_batches, load_corpus
 
+    hosts.initialize(
+        experiment.coordinator,
+        experiment.num_processes,
+        experiment.process_id,
+        start_timeout=experiment.start_timeout,
+    )
+    if experiment.require is not None:
+        require_platform(experiment.require)
     is_bpe = experiment.tokenizer == "bpe"
     corpus = load_corpus(
         experiment.data,
@@ -118,7 +143,24 @@ def train(experiment: Experiment) -> FitResult:
 
 
 def replicas(experiment: Experiment) -> Mesh | None:
-    """The mesh that an experiment's batches are split over; None is one device."""
+    """The mesh that an experiment's batches are split over; None is one device.
+
+    Raises:
+        UserError: if there are several processes, and a device of theirs would have no rows; or
+            if the evaluation's batches do not divide over the mesh asked for.
+    """
+    if experiment.mesh is not None:
+        mesh = parse_mesh(experiment.mesh)
+        check_batch(experiment.eval_batch_size, experiment.model.context_length, mesh)
+        return mesh
     at_once = experiment.batch_size // max(experiment.accumulate, 1)
     rows = math.gcd(at_once, experiment.eval_batch_size)
+    if jax.process_count() > 1:
+        if rows % jax.device_count():
+            raise UserError(
+                f"batch_size / accumulate ({at_once}) and eval_batch_size "
+                f"({experiment.eval_batch_size}) must be multiples of the {jax.device_count()} "
+                f"devices of {jax.process_count()} processes"
+            )
+        return make_mesh(data=-1)
     return data_mesh(max(rows, 1), at_once * experiment.model.context_length)

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import devices, sharding
-from gptjax.checkpoint import CheckpointManager, diff_configs, lock_run
+from gptjax import devices, hosts, sharding
+from gptjax.checkpoint import CheckpointManager, diff_configs, lock_run, read_metadata
 from gptjax.config import EXECUTION_FIELDS, ModelConfig
 from gptjax.data.position import DataPosition
 from gptjax.errors import NonFiniteLossError, UserError
@@ -28,7 +28,7 @@ from gptjax.model import Model
 from gptjax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from gptjax.params import Params, count_params, flops_per_token
 from gptjax.plots import plot_losses
-from gptjax.reporting import MetricsLog, Progress, duration, quantity, require_wandb
+from gptjax.reporting import MetricsLog, NoLog, Progress, duration, quantity, require_wandb
 from gptjax.sampling import Sampling
 from gptjax.signals import Stop, stop_on_signals
 from gptjax.text_generation import generate_text
@@ -49,6 +49,9 @@ _PROGRESS = (
     "best_val_loss",
     "peak_bytes",
 )
+
+# A leaf on many processes is hashed piece by piece, for no host need have room for the whole.
+_PIECE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,12 @@ def fit(
     stopped in between: on one machine they are bit for bit those of a run never stopped. Ctrl-C
     and SIGTERM save a checkpoint after the step at hand and return; SIGKILL costs the steps since
     the last checkpoint.
+
+    With several processes (`gptjax.hosts`) all of them call this, with the same arguments. The
+    batches are the same with any number of processes, which may change between a stop and a
+    restart; each process reads its own rows of them. Process 0 alone prints and writes, but
+    checkpoints, which all write: `out` must be a folder that all of them see. A signal to any one
+    stops all after the same step.
 
     Args:
         config: the model.
@@ -163,10 +172,14 @@ def fit(
         | (settings or {}),
     }
     identity = json.loads(json.dumps(identity))
-    with lock_run(out), contextlib.ExitStack() as stack:
+    _refuse_unequal_processes(
+        mesh, identity, (steps, eval_every, checkpoint_every, sample_prompt, str(out))
+    )
+    with contextlib.ExitStack() as stack:
+        hosts.on_main(lambda: stack.enter_context(lock_run(out)))
         # Saving is cheap beside a step that people wait for; a tenth of a long run is not.
         manager = stack.enter_context(CheckpointManager(out / "checkpoints"))
-        _refuse_other_run(out, manager, identity)
+        hosts.on_main(lambda: _refuse_other_run(out, manager, identity, tokenizer))
         run = _Run(
             config=config,
             mesh=mesh,
@@ -189,19 +202,23 @@ def fit(
         first = run.data.check(config, steps)
         if accumulate > 1:
             jax.eval_shape(partial(split_batch, parts=accumulate), first)
+        if mesh is not None:
+            rows, length = first["tokens"].shape
+            sharding.check_batch(rows, length, mesh, accumulate)
         run.sample_prompt = run.choose_prompt(sample_prompt, first)
         state = run.restore(abstract_state(config, transformation, mesh, ema=run.use_ema))
         if state is None:
             # Of a run that left no checkpoint.
-            for name in ("samples.txt", "nonfinite.json"):
+            for name in ("samples.txt", "nonfinite.json") if hosts.is_main() else ():
                 (out / name).unlink(missing_ok=True)
             state = init_state(
                 config, transformation, jax.random.key(seed), mesh, params=params, ema=run.use_ema
             )
-        shown = stack.enter_context(Progress(steps, progress))
+        shown = stack.enter_context(Progress(steps, progress and hosts.is_main()))
         if run.step >= steps:
             return run.already_finished(state, shown)
-        _write_json(out / "config.json", identity | {"steps": steps})
+        if hosts.is_main():
+            _write_json(out / "config.json", identity | {"steps": steps})
         step_function = make_train_step(
             config,
             transformation,
@@ -211,9 +228,10 @@ def fit(
             ema_decay=ema_decay,
             nonfinite="skip" if nonfinite == "skip" else "keep",
         )
-        log = stack.enter_context(
-            contextlib.closing(MetricsLog(out, run.step, identity, wandb_project=wandb))
-        )
+        log = NoLog()
+        if hosts.is_main():
+            log = MetricsLog(out, run.step, identity, wandb_project=wandb)
+        stack.enter_context(contextlib.closing(log))
         stop = stack.enter_context(stop_on_signals())
         return run.train(state, step_function, log, shown, stop)
 
@@ -252,7 +270,7 @@ class _Run:
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The newest good checkpoint's state, with the loop's own counters set; None if none."""
-        if self.manager.latest_step() is None:
+        if hosts.on_main(self.manager.latest_step) is None:
             return None
         restored = self.manager.restore(abstract)
         self.step = self.saved_step = restored.step
@@ -262,7 +280,12 @@ class _Run:
         return restored.state
 
     def train(
-        self, state: TrainState, step_function: Any, log: MetricsLog, shown: Progress, stop: Stop
+        self,
+        state: TrainState,
+        step_function: Any,
+        log: MetricsLog | NoLog,
+        shown: Progress,
+        stop: Stop,
     ) -> FitResult:
         """Runs the steps that are left."""
         start_step = self.step
@@ -280,7 +303,8 @@ class _Run:
         self.peak_bytes = devices.peak_bytes(compiled)
         meter = _Meter(self.config, self.mesh)
         pending: dict[str, jax.Array] | None = None
-        while self.step < self.steps and not stop.asked:
+        stopped = hosts.StopVote()
+        while self.step < self.steps and not stopped(stop.asked):
             begin = time.perf_counter()
             state, metrics = compiled(state, batch)
             # While the device works: the next batch, and the metrics of the step before.
@@ -313,8 +337,8 @@ class _Run:
                 self.checkpoint(state, self.data.save_before(), None)
             self.manager.wait()
             shown.message(
-                f"stopped by {stop.name} after step {self.step} and saved in {self.out}; run the "
-                "same command again to continue"
+                f"stopped by {stop.name or 'a signal to another process'} after step {self.step} "
+                f"and saved in {self.out}; run the same command again to continue"
             )
             return self.result(state, finished=False, summary={})
         self.manager.wait()
@@ -324,7 +348,7 @@ class _Run:
         self,
         step: int,
         metrics: dict[str, jax.Array],
-        log: MetricsLog,
+        log: MetricsLog | NoLog,
         shown: Progress,
         meter: "_Meter",
     ) -> None:
@@ -348,7 +372,7 @@ class _Run:
         shown.update(step, text)
 
     def on_nonfinite(
-        self, step: int, row: dict[str, float], log: MetricsLog, shown: Progress
+        self, step: int, row: dict[str, float], log: MetricsLog | NoLog, shown: Progress
     ) -> None:
         """Stops, with what is needed to look into it; or says that the step was skipped."""
         if self.nonfinite == "skip":
@@ -357,16 +381,17 @@ class _Run:
             )
             return
         self.manager.wait()
-        good = self.manager.latest_step()
-        _write_json(
-            self.out / "nonfinite.json",
-            {"step": step}
-            | {
-                name: str(value) if not math.isfinite(value) else value
-                for name, value in row.items()
-            }
-            | {"batch_position": step - 1, "last_good_checkpoint": good},
-        )
+        good = hosts.on_main(self.manager.latest_step)
+        if hosts.is_main():
+            _write_json(
+                self.out / "nonfinite.json",
+                {"step": step}
+                | {
+                    name: str(value) if not math.isfinite(value) else value
+                    for name, value in row.items()
+                }
+                | {"batch_position": step - 1, "last_good_checkpoint": good},
+            )
         log.flush()
         rate = f", learning rate {row['learning_rate']:.3g}" if "learning_rate" in row else ""
         raise NonFiniteLossError(
@@ -376,7 +401,7 @@ class _Run:
             f"{self.out / 'nonfinite.json'}; lower the learning rate, or pass nonfinite=skip"
         )
 
-    def evaluate(self, state: TrainState, log: MetricsLog, shown: Progress) -> bool:
+    def evaluate(self, state: TrainState, log: MetricsLog | NoLog, shown: Progress) -> bool:
         """Evaluates and samples; whether the loss is the best so far."""
         self.sample(state, shown)
         if self.eval_data is None:
@@ -402,6 +427,8 @@ class _Run:
         self.last_sample = (
             self.sample_prompt + generate_text(model, self.sample_prompt, self.sampling, key)[0]
         )
+        if not hosts.is_main():
+            return
         path = self.out / "samples.txt"
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         # A resumed run goes through steps again; a sample of theirs replaces the one there.
@@ -422,7 +449,8 @@ class _Run:
 
     def finish(self, state: TrainState, shown: Progress) -> FitResult:
         """Writes picture and summary, and prints how it went."""
-        plot_losses({self.out.name: self.out}, self.out / "loss.png")
+        if hosts.is_main():
+            plot_losses({self.out.name: self.out}, self.out / "loss.png")
         summary = {
             "val_loss": self.val_loss,
             "best_val_loss": self.best_val_loss,
@@ -434,7 +462,8 @@ class _Run:
             "train_seconds": round(self.train_seconds, 3),
             "peak_bytes": self.peak_bytes,
         }
-        _write_json(self.out / "summary.json", summary)
+        if hosts.is_main():
+            _write_json(self.out / "summary.json", summary)
         if self.last_sample:
             shown.message(f"sample:\n{self.last_sample}\n")
         loss = "" if self.val_loss is None else f"validation loss {self.val_loss:.4f}, "
@@ -447,7 +476,9 @@ class _Run:
     def already_finished(self, state: TrainState, shown: Progress) -> FitResult:
         """Says that there is nothing to do, once the summary, which is written last, is there."""
         path = self.out / "summary.json"
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        summary = hosts.on_main(
+            lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        )
         if summary.get("steps") != self.step:
             return self.finish(state, shown)
         loss = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
@@ -471,7 +502,7 @@ class _Run:
     def use_params(self, state: TrainState) -> Params:
         return state.params if state.ema_params is None else state.ema_params
 
-    def place(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+    def place(self, batch: dict[str, Any] | sharding.UnreadBatch) -> dict[str, jax.Array]:
         """Starts the batch's way to the device."""
         return sharding.place_batch(batch, self.mesh)
 
@@ -495,7 +526,13 @@ class _Meter:
 
     def __init__(self, config: ModelConfig, mesh: Mesh | None):
         self._flops = flops_per_token(config)
-        self._peak = devices.peak_flops(sharding.mesh_devices(mesh))
+        processes = jax.process_count()
+        local = [
+            device
+            for device in sharding.mesh_devices(mesh)
+            if device.process_index == jax.process_index()
+        ]
+        self._peak = processes * devices.peak_flops(local)
         self.restart()
 
     def restart(self) -> None:
@@ -520,7 +557,12 @@ def _resolve(optimizer: Any, config: ModelConfig, steps: int) -> tuple[Any, Any,
     return make_optimizer(optimizer, config, steps), schedule, optimizer.ema_decay
 
 
-def _refuse_other_run(out: Path, manager: CheckpointManager, identity: dict[str, Any]) -> None:
+def _refuse_other_run(
+    out: Path,
+    manager: CheckpointManager,
+    identity: dict[str, Any],
+    tokenizer: "Tokenizer | None",
+) -> None:
     """Compares with the run that the folder holds.
 
     Raises:
@@ -537,15 +579,64 @@ def _refuse_other_run(out: Path, manager: CheckpointManager, identity: dict[str,
         if isinstance(stored.get(name), dict):
             # A field that came to gptjax after the run was begun had its default then.
             stored[name] = defaults.to_dict() | stored[name]
+    run = stored.get("run")
+    if isinstance(run, dict) and isinstance(run.get("loss"), dict):
+        run["loss"] = LossOptions()._asdict() | run["loss"]
     differences = diff_configs(
         {name: _comparable(stored.get(name)) for name in identity},
         {name: _comparable(identity[name]) for name in identity},
     )
+    # Of a damaged checkpoint the one before it is restored, and that is told then.
+    with contextlib.suppress(UserError):
+        stored = read_metadata(os.fspath(manager.directory)).get("tokenizer")
+        if stored is not None and tokenizer is not None:
+            given = tokenizer.to_dict()
+            differences += diff_configs(*({"tokenizer": _shortened(x)} for x in (stored, given)))
     if differences:
         raise UserError(
             f"{out} holds another run: {'; '.join(differences)}; use its settings to resume it, or "
             "choose another out folder"
         )
+
+
+def _refuse_unequal_processes(
+    mesh: Mesh | None, identity: dict[str, Any], loop: tuple[Any, ...]
+) -> None:
+    """Checks what all processes must have alike, or they would wait for each other for ever.
+
+    Raises:
+        UserError: if they differ, or the mesh leaves one out.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return
+    used = {device.process_index for device in sharding.mesh_devices(mesh)}
+    if mesh is None or len(used) < count:
+        raise UserError(
+            f"there are {count} processes, but the mesh has devices of {len(used)}; give a mesh of "
+            "all devices (jax.devices())"
+        )
+    given = [
+        {name: part or {} for name, part in theirs.items()}
+        for theirs in hosts.gather(identity | {"loop": loop})
+    ]
+    for process, theirs in enumerate(given):
+        if differences := diff_configs(given[0], theirs):
+            names = ", ".join(line.partition(":")[0] for line in differences)
+            raise UserError(
+                f"process {process} was started with other settings than process 0 ({names}); "
+                "start all with the same command"
+            )
+
+
+def _shortened(values: dict[str, Any]) -> dict[str, Any]:
+    """With hashes for texts too long to be read in a message."""
+    return {
+        name: f"sha256 {hashlib.sha256(value.encode()).hexdigest()[:8]}"
+        if isinstance(value, str) and len(value) > 100
+        else value
+        for name, value in values.items()
+    }
 
 
 def _comparable(part: Any) -> Any:
@@ -556,12 +647,28 @@ def _comparable(part: Any) -> Any:
 
 
 def params_sha256(params: Params) -> str:
-    """A hash of parameters: of their paths and float32 values, in the order of the paths."""
+    """A hash of parameters: of their paths and float32 values, in the order of the paths.
+
+    With several processes all of them must call this.
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).tobytes())
+        for part in _on_host(leaf):
+            digest.update(np.ascontiguousarray(np.asarray(part, np.float32)).tobytes())
     return digest.hexdigest()
+
+
+def _on_host(leaf: Any) -> Iterator[Any]:
+    """An array, in pieces along its first axis where it lies on several processes' devices."""
+    if getattr(leaf, "is_fully_addressable", True) or leaf.ndim == 0:
+        yield leaf
+        return
+    from jax.experimental import multihost_utils
+
+    rows = max(1, _PIECE_BYTES * leaf.shape[0] // leaf.nbytes)
+    for start in range(0, leaf.shape[0], rows):
+        yield multihost_utils.process_allgather(leaf[start : start + rows], tiled=True)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -76,6 +76,19 @@ class MetricsLog:
         self._row = {}
 
 
+class NoLog:
+    """What the processes beside process 0 log to: nothing."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def require_wandb() -> None:
     """Raises the UserError that says that Weights & Biases is not installed, where it is not."""
     if importlib.util.find_spec("wandb") is None:

@@ -241,6 +241,42 @@ def test_restore_onto_other_meshes_and_silence(tmp_path: Path, rng: np.random.Ge
         assert_same(manager.restore(abstract(state)).state, state)
 
 
+MESHES = """
+import sys
+import jax
+from gptjax.checkpoint import CheckpointManager
+from gptjax.config import ModelConfig
+from gptjax.optimizer import OptimizerConfig, make_optimizer
+from gptjax.sharding import make_mesh
+from gptjax.training import abstract_state, init_state
+from test_checkpoint import bits
+
+config = ModelConfig(vocab_size=64, context_length=8, num_layers=2, embed_dim=32, num_heads=8)
+optimizer = make_optimizer(OptimizerConfig(ema_decay=0.9), config, 10)
+first, *others = (
+    make_mesh(fsdp=8), make_mesh(data=2, fsdp=2, tensor=2), make_mesh(tensor=8), make_mesh(data=8),
+    make_mesh(fsdp=2, tensor=2, devices=jax.devices()[4:]), make_mesh(devices=jax.devices()[7:]),
+    None,
+)
+with CheckpointManager(sys.argv[1]) as manager:
+    state = init_state(config, optimizer, jax.random.key(3), first, ema=True)
+    manager.save(5, state, {})
+    for mesh in others:
+        wanted = abstract_state(config, optimizer, mesh, ema=True)
+        restored = manager.restore(wanted).state
+        assert bits(restored) == bits(state), mesh
+        if mesh is not None:
+            for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted)):
+                assert got.sharding.is_equivalent_to(want.sharding, got.ndim), mesh
+"""
+
+
+def test_a_training_state_goes_onto_any_mesh(tmp_path: Path) -> None:
+    """From eight devices to other meshes of as many, of four, of one, and to no mesh."""
+    done = run_script(MESHES, tmp_path, devices=8, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_restore_params_leaves_the_rest_alone(tmp_path: Path, rng: np.random.Generator) -> None:
     states = {step: make_state(rng) for step in (1, 2, 3)}
     run = tmp_path / "run"
@@ -446,10 +482,11 @@ with CheckpointManager(sys.argv[1], keep_latest=2) as manager:
 """
 
 
-def test_kill_at_any_moment(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_kill_at_any_moment(tmp_path: Path, rng: np.random.Generator, kills: int) -> None:
     directory = tmp_path / "checkpoints"
     example = state_at(0)
-    kills, unfinished, step = 6, 0, 0
+    unfinished, step = 0, 0
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -737,13 +774,16 @@ def test_lock_is_released_by_a_kill(tmp_path: Path) -> None:
 # Many processes.
 
 TWO_PROCESSES = """
-import sys
+import sys, warnings
+from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 port, rank, directory = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
 from jax.sharding import NamedSharding, PartitionSpec as P
+from gptjax import hosts
 from gptjax.checkpoint import CheckpointManager, restore_params
+from gptjax.errors import UserError
 
 mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 data = {"w": np.arange(64, dtype=np.float32).reshape(8, 8), "n": np.int32(3)}
@@ -766,6 +806,27 @@ with CheckpointManager(directory, keep_latest=2) as manager:
     assert restored.step == 3
     for shard in restored.state["params"]["w"].addressable_shards:
         assert (np.asarray(shard.data) == data["w"][shard.index] * 3).all()
+    # Whoever's share a damaged file is in, all fall back together, and only process 0 warns.
+    files = sorted(path for path in Path(directory, "3").rglob("*") if path.stat().st_size)
+    for file in (path for path in files if path.is_file()):
+        whole = file.read_bytes()
+        hosts.gather(None)
+        if hosts.is_main():
+            file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        hosts.gather(None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert manager.restore(abstract).step == 2, file
+        assert len(caught) == hosts.is_main()
+        try:
+            manager.restore(abstract, 3)
+        except UserError as error:
+            assert "step 3 is damaged" in str(error)
+        else:
+            raise AssertionError(file)
+        hosts.gather(None)
+        if hosts.is_main():
+            file.write_bytes(whole)
 """
 
 

@@ -1,6 +1,7 @@
 """Batches by position: exact resume, windows once an epoch, targets once an evaluation."""
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -42,6 +43,21 @@ def test_targets_are_the_next_tokens(kind: type) -> None:
         assert (batch["targets"] == batch["tokens"] + 1).all()
         assert (np.diff(batch["tokens"], axis=1) == 1).all()
     assert loader.tokens_per_batch == 84
+
+
+def test_rows_are_those_of_the_batch(rng: np.random.Generator) -> None:
+    """However many processes share a batch, and also where an epoch ends inside it."""
+    tokens = rng.integers(0, 50, 700).astype(np.uint16)
+    loader = BatchLoader(tokens, batch_size=9, context_length=16, document_separator=7)
+    assert loader.batches_per_epoch % 1
+    for position in range(12):
+        whole = loader[position]
+        cuts = [0, *sorted(rng.choice(np.arange(1, 9), 3, replace=False)), 9]
+        parts = [loader.rows(position, *cut) for cut in itertools.pairwise(cuts)]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in whole}
+        assert same(joined, whole)
+    with pytest.raises(UserError, match="position is -1"):
+        loader.rows(-1, 0, 2)
 
 
 def test_a_batch_depends_on_the_position_alone(rng: np.random.Generator) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax import fitting
+from gptjax import checkpoint, command_line, fitting
 from gptjax.checkpoint import CheckpointManager, find_checkpoint
 from gptjax.config import ModelConfig
 from gptjax.data import BatchLoader, evaluation_batches
@@ -37,7 +38,7 @@ from gptjax.pretrained.loading import load
 from gptjax.sampling import Sampling
 from gptjax.sharding import TOKENS_PER_CORE, data_mesh
 from gptjax.text_generation import generate_text
-from gptjax.tokenizer import ByteTokenizer
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.training import abstract_state
 
 LIMIT_SECONDS = 240
@@ -313,6 +314,60 @@ def test_signals_stop_well_and_a_second_run_in_the_folder_is_refused(
     assert_each_step_once(out)
 
 
+@pytest.mark.parametrize("moment", ["compile", "evaluate", "save"])
+def test_a_signal_at_any_moment_stops_well(moment: str, tmp_path: Path, monkeypatch, capsys):
+    """While compiling, evaluating or saving, none of which is left half done."""
+
+    given = arguments(6) | PLAIN | {"checkpoint_every": 2, "eval_every": 3, "progress": True}
+    given["eval_data"] = arguments()["eval_data"]
+    # What is called right after compiling, and to save.
+    owner, name = {
+        "compile": (fitting.devices, "peak_bytes"),
+        "evaluate": (fitting, "evaluate_loss"),
+        "save": (CheckpointManager, "save"),
+    }[moment]
+    original = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        stopped = fit(CONFIG, OPTIMIZER, loader(), out=tmp_path / "run", **given)
+    step = {"compile": 0, "evaluate": 3, "save": 2}[moment]
+    assert not stopped.finished
+    assert f"stopped by SIGTERM after step {step} and saved" in capsys.readouterr().out
+    assert find_checkpoint(tmp_path / "run")[1] == step
+    resumed = fit(CONFIG, OPTIMIZER, loader(), out=tmp_path / "run", **given)
+    straight = fit(CONFIG, OPTIMIZER, loader(), out=tmp_path / "straight", **given)
+    assert resumed.summary["params_sha256"] == straight.summary["params_sha256"]
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_step_before(tmp_path: Path, monkeypatch, capsys):
+    given = arguments(6) | PLAIN | {"checkpoint_every": 2}
+    write = checkpoint._write_manifest
+
+    def full(folder, manifest) -> None:
+        if manifest["step"] == 4:
+            raise OSError(28, "No space left on device")
+        write(folder, manifest)
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    monkeypatch.setattr(command_line, "configure_jax", lambda: None)
+    run = partial(fit, CONFIG, OPTIMIZER, loader(), out=tmp_path / "run", **given)
+    with pytest.raises(SystemExit) as end:
+        command_line.run_command(run)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert re.match(r"error: step 4 could not be saved in .*No space left on device; the", error)
+    assert error.count("\n") == 1
+    assert find_checkpoint(tmp_path / "run")[1] == 2
+    monkeypatch.undo()
+    straight = fit(CONFIG, OPTIMIZER, loader(), out=tmp_path / "straight", **given)
+    assert run().summary["params_sha256"] == straight.summary["params_sha256"]
+
+
 def test_a_finished_run_says_so_and_stays_as_it_is(copied: Path, capsys):
     before = contents(copied)
     result = fit(CONFIG, OPTIMIZER, loader(), out=copied, **arguments())
@@ -346,6 +401,10 @@ def test_a_kill_before_the_summary_loses_nothing(copied: Path):
         ({"seed": 1}, "run.seed: checkpoint 0, given 1"),
         ({"accumulate": 2}, "run.accumulate: checkpoint 1, given 2"),
         ({"settings": {"data": "other"}}, "run.data: checkpoint 'noise', given 'other'"),
+        (
+            {"tokenizer": CharTokenizer("\nabcxyz")},
+            r"tokenizer\.kind: checkpoint 'bytes', given 'characters'; tokenizer\.alphabet: .*abs",
+        ),
     ],
 )
 def test_another_run_in_the_folder_is_refused_field_by_field(finished: Path, change, named):
@@ -359,6 +418,10 @@ def test_another_run_in_the_folder_is_refused_field_by_field(finished: Path, cha
 
 def test_execution_fields_may_change_and_more_steps_continue(copied: Path):
     config = CONFIG.replace(remat="full", scan_unroll=1)
+    # Begun before these settings were there.
+    stored = json.loads((copied / "config.json").read_text())
+    del stored["model"]["num_experts"], stored["run"]["loss"]["balance_loss"]
+    (copied / "config.json").write_text(json.dumps(stored))
     result = fit(config, OPTIMIZER, loader(), out=copied, progress=False, **arguments(STEPS + 3))
     assert int(result.state.step) == STEPS + 3
     assert summary(copied)["steps"] == STEPS + 3

@@ -97,18 +97,25 @@ class BatchLoader:
         Raises:
             UserError: `position` is negative.
         """
+        return self.rows(position, 0, self.batch_size)
+
+    def rows(self, position: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Returns rows `[start, stop)` of the batch at a position, and reads no others.
+
+        Raises:
+            UserError: `position` is negative.
+        """
         position = operator.index(position)
         if position < 0:
             raise UserError(f"position is {position}: batches are numbered from 0")
         first = position * self.batch_size
-        starts = self._starts(np.arange(first, first + self.batch_size))
+        starts = self._starts(np.arange(first + start, first + stop))
         return _batch(self._rows[starts].astype(np.int32), self.document_separator)
 
     def _starts(self, rows: np.ndarray) -> np.ndarray:
         """Returns where the windows of global rows begin.
 
-        Row r of all batches, laid end to end, is window `r % windows` of epoch `r // windows`; a
-        host that holds a slice of each batch asks for its rows only.
+        Row r of all batches, laid end to end, is window `r % windows` of epoch `r // windows`.
         """
         epochs, places = np.divmod(rows, self._windows)
         if not self.shuffle:

@@ -1,15 +1,23 @@
 """Where in its data a run is."""
 
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.sharding import UnreadBatch
 
 
 class DataPosition:
     """Batches in order, with a position that JSON holds.
+
+    The position is that of whole batches, whatever the number of processes: what comes next does
+    not depend on how many there are. Where there are several, each reads its own rows only of data
+    that has `rows(position, start, stop)` and `batch_size`, as a `BatchLoader` has; of other data
+    each reads all.
 
     Args:
         data: batches by position (`data[n]`), or an iterator with `get_state` and `set_state`, or
@@ -51,7 +59,7 @@ class DataPosition:
             UserError: if it does not fit the model, or batches by position are too few.
         """
         state = self.save()
-        batch = {name: np.asarray(value) for name, value in self.next().items()}
+        batch = {name: np.asarray(value) for name, value in self._read().items()}
         self.restore(state)
         for name in ("tokens", "targets"):
             if name not in batch:
@@ -76,13 +84,20 @@ class DataPosition:
             )
         return batch
 
-    def next(self) -> dict[str, Any]:
+    def next(self) -> dict[str, Any] | UnreadBatch:
         """The next batch.
 
         Raises:
             UserError: if there is none.
         """
         self._before = self.save()
+        if jax.process_count() == 1 or not hasattr(self._data, "rows"):
+            return self._read()
+        read = partial(self._data.rows, self._position)
+        self._position += 1
+        return UnreadBatch(self._data.batch_size, read)
+
+    def _read(self) -> dict[str, Any]:
         try:
             batch = self._data[self._position] if self._indexed else next(self._data)
         except (IndexError, StopIteration):
