@@ -1,6 +1,7 @@
 """Causal attention: one function for every caller, and the backends behind it."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ def _splash(
         # The kernel does not scale, and has heads in front.
         q = q * jnp.asarray(1 / math.sqrt(C), q.dtype)
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        out = jax.vmap(attend)(q, k, v, *(kernel.SegmentIds(s, s) for s in segments))
+        out: Any = jax.vmap(attend)(q, k, v, *(kernel.SegmentIds(s, s) for s in segments))
         return jnp.swapaxes(out, 1, 2)
 
     queries, keys = ("batch", None, "heads", "head"), ("batch", None, "kv_heads", "head")

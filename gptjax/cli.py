@@ -1,6 +1,7 @@
 """The `gptjax` command: thin over the functions."""
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,6 +153,49 @@ class Verify:
 
     model: Annotated[str, tyro.conf.Positional]
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tells whether a training run fits, how long it takes and what it costs, without the machine.
+
+    Compiles the real train step for the chips where their compiler is installed (the extra `plan`
+    for TPUs), and estimates in closed form otherwise. Numbers may end in K, M, B or T.
+
+    Attributes:
+        model: A preset such as gpt3-175b, a folder in Hugging Face's layout or a run folder, of
+            which only the configuration is read.
+        topology: The chips: v5p:8x8x8, 2xv5e:16x16 for two slices, h100:64, cpu:28 for a machine of
+            28 cores, or local for this machine's devices.
+        batch: Sequences a step.
+        batch_tokens: Tokens a step, instead of batch; rounded to sequences that divide.
+        tokens: The budget of tokens that days are told for.
+        mesh: Axes and sizes such as fsdp=64,tensor=8, or auto.
+        remat: What the backward pass recomputes: none, dots, full or offload; auto is what the
+            model's configuration says where that fits, and full otherwise.
+        accumulate: Microbatches that a batch is split into.
+        context: Tokens a sequence; the model's context by default.
+        price: Dollars a chip and hour.
+        search: Whether several meshes and policies are compiled and ranked.
+        compile: False leaves it at the closed form, which takes a second.
+        json: Whether JSON is printed instead of a table.
+        png: Where to draw where the memory goes.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    topology: str = "local"
+    batch: str | None = None
+    batch_tokens: str | None = None
+    tokens: str | None = None
+    mesh: str = "auto"
+    remat: str = "auto"
+    accumulate: int = 1
+    context: int | None = None
+    price: float | None = None
+    search: bool = False
+    compile: bool = True
+    json: bool = False
+    png: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -354,6 +398,64 @@ def verify(settings: Verify) -> None:
         raise UserError(f"{settings.model} failed: {', '.join(failed)}")
 
 
+def plan(settings: Plan) -> None:
+    """Prints a plan, or several ranked, and draws the first."""
+    import json
+
+    from gptjax import planning
+    from gptjax.planning.inputs import parse_number, read_model, sequences
+    from gptjax.planning.report import plan_table, search_table
+
+    config = read_model(settings.model)
+    if settings.context is not None:
+        config = config.replace(context_length=settings.context)
+    png = None if settings.png is None else settings.png.expanduser()
+    if png is not None and (png.is_dir() or not png.parent.is_dir()):
+        raise UserError(f"cannot write {png}; give --png a file in a folder that is there")
+    options: dict[str, Any] = {
+        "batch": sequences(
+            settings.batch,
+            settings.batch_tokens,
+            config,
+            settings.topology,
+            settings.mesh,
+            settings.accumulate,
+        ),
+        "tokens": None if settings.tokens is None else parse_number(settings.tokens, "--tokens"),
+        "accumulate": settings.accumulate,
+        "price": settings.price,
+    }
+    if settings.search:
+        plans = planning.search(config, settings.topology, **options)
+        shown = [found.to_dict() for found in plans]
+    else:
+        plans = [
+            planning.plan(
+                config,
+                settings.topology,
+                mesh=settings.mesh,
+                remat=settings.remat,  # pyright: ignore[reportArgumentType]
+                compile=settings.compile,
+                **options,
+            )
+        ]
+        shown = plans[0].to_dict()
+    if settings.json:
+        print(json.dumps(shown, indent=2))
+    else:
+        if settings.search:
+            print(search_table(plans) + "\n\nThe first of them:\n")
+        print(plan_table(plans[0]))
+    if png is not None:
+        from gptjax.plots import plot_memory
+
+        best = plans[0]
+        bars = {"closed form": best.estimate}
+        if best.compiled:
+            bars["compiled"] = best.memory
+        plot_memory(bars, best.chip_bytes, png)
+
+
 def doctor(settings: Doctor) -> None:
     """Prints what `gptjax.doctor` finds."""
     from gptjax.doctor import examine
@@ -369,6 +471,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "score": (Score, score, "Show where a model is unsure of a text."),
     "convert": (Convert, convert, "Write a model in Hugging Face's layout."),
     "verify": (Verify, verify, "Check a model, also against transformers."),
+    "plan": (Plan, plan, "Tell whether a training run fits, and how long it takes."),
     "doctor": (Doctor, doctor, "Tell versions, devices, and what is missing."),
 }
 
@@ -391,7 +494,18 @@ def _main() -> None:
     if args[0] not in COMMANDS:
         raise UserError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
     kind, command, summary = COMMANDS[args[0]]
-    command(parse_flags(kind, None, summary, args[1:]))
+    command(parse_flags(kind, None, summary, _switched_on(kind, args[1:])))
+
+
+def _switched_on(kind: type, args: list[str]) -> list[str]:
+    """The arguments with "--json True" for a bare "--json", and so for all that are yes or no."""
+    switches = {f"--{entry.name}" for entry in dataclasses.fields(kind) if entry.type is bool}
+    spelled = []
+    for place, arg in enumerate(args):
+        spelled.append(arg)
+        if arg in switches and args[place + 1 : place + 2] not in (["True"], ["False"]):
+            spelled.append("True")
+    return spelled
 
 
 if __name__ == "__main__":

@@ -161,7 +161,8 @@ def platform() -> str:
     device = None if mesh.empty else mesh.abstract_device
     if device is None:
         return jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    name = str(device.platform)
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
 def materialized(x: jax.Array) -> jax.Array:

@@ -94,7 +94,8 @@ def mixture(params: Params, x_BTD: jax.Array, config: ModelConfig) -> tuple[jax.
             # Each device of a tensor group adds a part of the sum.
             once = jax.lax.axis_index(_TENSOR) == 0
             experts["down_bias"] = jnp.where(once, experts["down_bias"], 0)
-        out = _compute(*gathered, experts, config, first)
+        x_BtD, gates_Btk, chosen_Btk = gathered
+        out = _compute(x_BtD, gates_Btk, chosen_Btk, experts, config, first)
         out = jax.lax.psum_scatter(out, _EXPERT, scatter_dimension=0, tiled=True)
         if scatter:
             return jax.lax.psum_scatter(out, _TENSOR, scatter_dimension=1, tiled=True)

@@ -86,7 +86,7 @@ def fit(
     out: str | Path,
     eval_data: Iterable[dict[str, np.ndarray]] | None = None,
     tokenizer: "Tokenizer | None" = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Literal["auto"] | None = None,
     seed: int = 0,
     params: Params | None = None,
     accumulate: int = 1,
@@ -126,7 +126,8 @@ def fit(
             summary.json, loss.png, samples.txt, tensorboard/ and checkpoints/.
         eval_data: batches to evaluate on, all of them each time.
         tokenizer: saved with every checkpoint, and used for samples.
-        mesh: where the state and batches lie; None is the default device.
+        mesh: where the state and batches lie; None is the default device, and "auto" all devices,
+            arranged by what the model needs (`gptjax.planning.choose_mesh`).
         seed: of the parameters and dropout. The order of the data is `train_data`'s own.
         params: start from these instead of drawing them.
         accumulate: microbatches a batch is split into.
@@ -172,6 +173,11 @@ def fit(
         | (settings or {}),
     }
     identity = json.loads(json.dumps(identity))
+    eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
+    data = DataPosition(train_data)
+    if mesh == "auto":
+        rows = data.check(config, steps)["tokens"].shape[0]
+        mesh = _chosen_mesh(config, transformation, rows, eval_data, accumulate)
     _refuse_unequal_processes(
         mesh, identity, (steps, eval_every, checkpoint_every, sample_prompt, str(out))
     )
@@ -188,8 +194,8 @@ def fit(
             manager=manager,
             identity=identity,
             tokenizer=tokenizer,
-            data=DataPosition(train_data),
-            eval_data=list(eval_data) if isinstance(eval_data, Iterator) else eval_data,
+            data=data,
+            eval_data=eval_data,
             eval_step=make_eval_step(config, mesh, loss_options),
             schedule=schedule,
             sampling=sampling,
@@ -555,6 +561,24 @@ def _resolve(optimizer: Any, config: ModelConfig, steps: int) -> tuple[Any, Any,
         return optimizer, None, None
     schedule = make_schedule(optimizer, optimizer.learning_rate, steps)
     return make_optimizer(optimizer, config, steps), schedule, optimizer.ema_decay
+
+
+def _chosen_mesh(
+    config: ModelConfig,
+    optimizer: "optax.GradientTransformation",
+    rows: int,
+    eval_data: Iterable[dict[str, np.ndarray]] | None,
+    accumulate: int,
+) -> Mesh:
+    """A mesh of all devices that the training and the evaluation batches divide over."""
+    from gptjax.planning import choose_mesh
+
+    for batch in eval_data or ():
+        # Microbatches are of training alone.
+        rows = math.gcd(rows, len(batch["tokens"]) * accumulate)
+        break
+    axes: Any = choose_mesh(config, batch=rows, optimizer=optimizer, accumulate=accumulate)
+    return sharding.make_mesh(**axes)
 
 
 def _refuse_other_run(

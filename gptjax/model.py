@@ -615,7 +615,7 @@ def embed(
     if isinstance(table, Int8):
         x_BTD = table[tokens_BT].astype(dtype)
     else:
-        x_BTD = look_up(table, tokens_BT, dtype)
+        x_BTD: jax.Array = look_up(table, tokens_BT, dtype)  # pyright: ignore[reportAssignmentType]
     if config.position == "learned":
         x_BTD = x_BTD + constrain(params["positions"].astype(dtype), None, None)[positions]
     return normalize(x_BTD, params["norm"], config) if config.embedding_norm else x_BTD

@@ -69,3 +69,48 @@ def _smoothed(values: tuple[float, ...], weight: float = 0.95) -> list[float]:
         mass = weight * mass + (1 - weight)
         smooth.append(average / mass)
     return smooth
+
+
+def plot_memory(
+    bars: Mapping[str, Mapping[str, float]], limit: float | None, png: str | Path
+) -> None:
+    """Draws where a chip's memory goes.
+
+    Args:
+        bars: label -> what for -> bytes; each label is a bar of its parts.
+        limit: the chip's memory in bytes, drawn as a line; None draws none.
+        png: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    gib = 2**30
+    figure = Figure(figsize=(7, 1.6 + 0.6 * len(bars)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
+    for number, part in enumerate(parts):
+        starts, widths = [], []
+        for bar in bars.values():
+            before = parts[:number]
+            starts.append(sum(bar.get(earlier, 0) for earlier in before) / gib)
+            widths.append(bar.get(part, 0) / gib)
+        if any(widths):
+            label = f"{part} ({', '.join(f'{width:.2f}' for width in widths if width)})"
+            axes.barh(list(bars), widths, left=starts, color=f"C{number}", label=label)
+    if limit is not None:
+        axes.axvline(limit / gib, color="black", linestyle="--", linewidth=1.2)
+        axes.annotate(
+            f"the chip's {limit / gib:.2f}",
+            (limit / gib, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, -4),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+        )
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB a chip at the peak of a step")
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(png)

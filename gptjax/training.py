@@ -227,13 +227,15 @@ class _OnMesh:
     accumulate: int
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        sharding.check_batch(*batch["tokens"].shape, self.mesh, self.accumulate)
+        rows, length = batch["tokens"].shape
+        sharding.check_batch(rows, length, self.mesh, self.accumulate)
         with jax.set_mesh(self.mesh):
             return self.jitted(state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
         """Traces for these shapes, as a jitted function's `lower` does."""
-        sharding.check_batch(*batch["tokens"].shape, self.mesh, self.accumulate)
+        rows, length = batch["tokens"].shape
+        sharding.check_batch(rows, length, self.mesh, self.accumulate)
         with jax.set_mesh(self.mesh):
             return self.jitted.lower(state, batch)
 

@@ -94,7 +94,7 @@ def test_losses_are_added_with_their_weights(rng: np.random.Generator) -> None:
     params = random_params(GATED, rng)
     tokens = rng.integers(0, 31, (2, 17)).astype(np.int32)
     weights = rng.uniform(0, 2, (2, 16)).astype(np.float32)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+    batch: Any = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
     bare, metrics = loss_fn(
         params, batch, GATED, options=LossOptions(balance_loss=0, router_z_loss=0)
     )
@@ -111,7 +111,7 @@ def test_losses_are_added_with_their_weights(rng: np.random.Generator) -> None:
 @CONFIGS
 def test_the_forms_of_the_parameters_agree(config: ModelConfig, rng: np.random.Generator) -> None:
     params = random_params(config, rng)
-    tokens = rng.integers(0, 31, (2, 9)).astype(np.int32)
+    tokens = jnp.asarray(rng.integers(0, 31, (2, 9)), jnp.int32)
     expected = np.asarray(forward(params, tokens, config))
     for form in (unstack_blocks, decoding_params):
         found = forward(form(params, config), tokens, config)
@@ -142,7 +142,7 @@ def test_a_model_of_experts_learns(rng: np.random.Generator) -> None:
     step = make_train_step(config, optimizer)
     state = init_state(config, optimizer, jax.random.key(int(rng.integers(2**31))))
     tokens = np.tile(rng.integers(0, 31, 16), (4, 2))[:, :17].astype(np.int32)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    batch: Any = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
     losses, balances = [], []
     for _ in range(40):
         state, metrics = step(state, batch)

@@ -12,8 +12,8 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.sharding import make_mesh, parse_mesh
 
-# Four blocks for four stages; a vocabulary, 31, that no axis divides; heads that are shared.
-DENSE = GPT2.replace(num_layers=4, num_kv_heads=2, scan_unroll=1)
+# Four blocks for four stages; a vocabulary, 31, that no axis divides.
+DENSE = GPT2.replace(num_layers=4, scan_unroll=1)
 DENSE_MODERN = MODERN.replace(num_layers=4, sliding_window=5, windowed_layers=(1, 2), scan_unroll=1)
 EXPERTS = MODERN.replace(
     num_layers=4,

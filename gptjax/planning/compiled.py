@@ -1,0 +1,112 @@
+"""The real train step, compiled ahead of time, and what its program says."""
+
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import sharding
+from gptjax.errors import UserError
+from gptjax.planning.estimate import Layout
+from gptjax.planning.programs import Collective, count_flops, read_collectives
+from gptjax.planning.topology import CompilerMissingError, Topology, compile_mesh
+from gptjax.training import abstract_state, make_train_step
+
+if TYPE_CHECKING:
+    import optax
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler says of a step; None is what it could not be asked.
+
+    Attributes:
+        note: why not, or what it refused; "" otherwise.
+        seconds: how long tracing and compiling took.
+        peak: bytes on a device; of a program that does not fit, what it would need.
+        flops: of its matrix products on all devices, loops by their length.
+        xla_flops: by XLA's cost analysis, on all devices, corrected for loops.
+        collectives: what goes over the network.
+    """
+
+    note: str = ""
+    seconds: float = 0.0
+    peak: int | None = None
+    flops: float | None = None
+    xla_flops: float | None = None
+    collectives: list[Collective] | None = None
+
+
+def compile_step(
+    layout: Layout, target: Topology, optimizer: "optax.GradientTransformation"
+) -> CompiledStep:
+    """Compiles the real train step for a topology's devices.
+
+    Args:
+        layout: of the step.
+        target: the topology.
+        optimizer: any optax transformation.
+    """
+    config = layout.config
+    try:
+        mesh = compile_mesh(target, layout.axes)
+    except CompilerMissingError as error:
+        return CompiledStep(note=f"closed form: {error}")
+    start = time.monotonic()
+    step: Any = make_train_step(config, optimizer, mesh, accumulate=layout.accumulate)
+    place = sharding.batch_sharding(mesh)
+    shape = (layout.batch, config.context_length)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    state = abstract_state(config, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        traced = step.jitted.trace(state, {"tokens": ids, "targets": ids})
+    flops = count_flops(traced.jaxpr)
+    try:
+        executable = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = _needed_bytes(str(error))
+        seconds = time.monotonic() - start
+        return CompiledStep("the compiler ran out of the chip's memory", seconds, needed, flops)
+    seconds = time.monotonic() - start
+    collectives = read_collectives(executable.as_text(), layout.axes, target.linked)
+    cost: Any = executable.cost_analysis() or {}
+    xla_flops = cost.get("flops", 0.0) * target.devices
+    once = count_flops(traced.jaxpr, loops_once=True)
+    return CompiledStep(
+        seconds=seconds,
+        peak=_peak_bytes(executable, target.platform),
+        flops=flops,
+        xla_flops=xla_flops * flops / once if xla_flops > 0 and once else None,
+        collectives=collectives,
+    )
+
+
+def _peak_bytes(executable: Any, platform: str) -> int:
+    analysis = executable.memory_analysis()
+    if platform == "tpu":
+        return analysis.peak_memory_in_bytes
+    # The other compilers do not count temporaries in their peak.
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+
+
+def _needed_bytes(message: str) -> int:
+    """What a program needs by the TPU compiler's complaint that it does not fit."""
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.search(
+        r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm|\(([\d.]+)([KMGT]?)\) exceeds available HBM",
+        message,
+    )
+    if found is None:
+        raise UserError(f"the program does not fit: {message.splitlines()[0]}")
+    number, unit = found[1] or found[3], found[2] or found[4]
+    return int(float(number) * units[unit or ""])
