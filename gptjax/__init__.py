@@ -12,6 +12,7 @@ _HOMES = {
     "preset": "gptjax.config",
     "UserError": "gptjax.errors",
     "make_mesh": "gptjax.sharding",
+    "parse_mesh": "gptjax.sharding",
     "count_params": "gptjax.params",
     "init_params": "gptjax.params",
     "param_specs": "gptjax.params",
@@ -31,6 +32,9 @@ _HOMES = {
     "generate_text": "gptjax.text_generation",
     "generate_chat": "gptjax.text_generation",
     "stream_text": "gptjax.text_generation",
+    "Plan": "gptjax.planning",
+    "choose_mesh": "gptjax.planning",
+    "plan": "gptjax.planning",
     "FitResult": "gptjax.fitting",
     "fit": "gptjax.fitting",
     "decoding_params": "gptjax.layouts",
@@ -67,12 +71,13 @@ if TYPE_CHECKING:
     from gptjax.model import Model, forward
     from gptjax.optimizer import OptimizerConfig, make_optimizer
     from gptjax.params import count_params, init_params, param_specs
+    from gptjax.planning import Plan, choose_mesh, plan
     from gptjax.pretrained.huggingface import save_pretrained
     from gptjax.pretrained.loading import load
     from gptjax.prompt_files import generate_file
     from gptjax.sampling import Sampling
     from gptjax.scoring import Score, score
-    from gptjax.sharding import make_mesh
+    from gptjax.sharding import make_mesh, parse_mesh
     from gptjax.speculation import DraftModel, PromptLookup
     from gptjax.text_generation import generate_chat, generate_text, stream_text
     from gptjax.training import TrainState, init_state, make_train_step
@@ -88,6 +93,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "OptimizerConfig",
+    "Plan",
     "PromptLookup",
     "Regex",
     "Sampling",
@@ -96,6 +102,7 @@ __all__ = [
     "UserError",
     "beam_search",
     "choose",
+    "choose_mesh",
     "count_params",
     "decoding_params",
     "fit",
@@ -116,6 +123,8 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "param_specs",
+    "parse_mesh",
+    "plan",
     "preset",
     "quantize",
     "save_pretrained",

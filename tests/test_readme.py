@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-PRETRAINED, EXAMPLE, CORES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+PRETRAINED, EXAMPLE, CORES, MESHES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -39,6 +39,12 @@ def test_cores_become_a_mesh():
     found = run(CORES + "\nimport jax\nprint(jax.device_count(), mesh and mesh.size)")
     devices, size = found.stdout.split()
     assert size == ("None" if devices == "1" else str(min(int(devices), 3)))
+
+
+def test_a_mesh_by_its_name():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    found = run(MESHES + "\nprint(mesh.shape['data'], config.num_experts)", **flags)
+    assert found.stdout.split() == ["8", "8"]
 
 
 def test_three_lines_with_a_model_of_the_hub(tmp_path: Path, rng: np.random.Generator):
