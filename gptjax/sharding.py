@@ -43,7 +43,7 @@ RULES: dict[str, tuple[str, ...]] = {
 """Logical axis -> the mesh axes that it is split over."""
 
 PRESETS = ("dp", "fsdp", "tp", "fsdp+tp", "context", "expert", "stage")
-"""Names of meshes, see `parse_mesh`."""
+"""Names of meshes, see `mesh_axes`."""
 
 
 TOKENS_PER_CORE = 256
@@ -80,20 +80,9 @@ def make_mesh(
             divide over the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [data, fsdp, tensor, context, expert, stage]
-    shape = dict(zip(MESH_AXES, sizes, strict=True))
-    known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh axes {shape}: each is at least 1, and one may be -1 (what is left)")
-    if -1 in sizes:
-        if len(devices) % known:
-            raise UserError(f"mesh axes {shape}: {known} does not divide {len(devices)} devices")
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        raise UserError(
-            f"mesh axes {shape} make {math.prod(sizes)} devices, but there are {len(devices)}; "
-            "set one axis to -1 to take what is left, or pass devices="
-        )
+    given = (data, fsdp, tensor, context, expert, stage)
+    axes = mesh_axes(dict(zip(MESH_AXES, given, strict=True)), len(devices))
+    sizes = list(axes.values())
     return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
@@ -121,22 +110,62 @@ def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh from its name or sizes, as a command's flag gives it.
 
     Args:
-        text: sizes such as "fsdp=4,tensor=2", of which one may be -1, or a preset: "dp", "fsdp",
-            "tp", "context", "expert" and "stage" put all devices on that axis; "fsdp+tp" puts up to
-            8 on `tensor` (a power of two whose square they hold) and the rest on `fsdp`.
+        text: see `mesh_axes`.
         devices: None means all.
 
     Raises:
-        UserError: if the text is neither, and as `make_mesh` does.
+        UserError: as `mesh_axes` and `make_mesh` do.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if text == "fsdp+tp":
-        tensor = max(n for n in (1, 2, 4, 8) if n * n <= len(devices) and len(devices) % n == 0)
-        return make_mesh(fsdp=-1, tensor=tensor, devices=devices)
-    if text in PRESETS:
-        axis: Any = {"dp": "data", "tp": "tensor"}.get(text, text)
-        return make_mesh(**{axis: -1}, devices=devices)
-    sizes: dict[str, Any] = {}
+    axes: Any = mesh_axes(text, len(devices))
+    return make_mesh(**axes, devices=devices)
+
+
+def mesh_axes(mesh: str | Mapping[str, int], devices: int) -> dict[str, int]:
+    """The sizes of all six axes of a mesh.
+
+    Args:
+        mesh: sizes such as "fsdp=4,tensor=2", axis -> size, or a preset: "dp", "fsdp", "tp",
+            "context", "expert" and "stage" put all devices on that axis; "fsdp+tp" puts up to 8 on
+            `tensor` (a power of two whose square they hold) and the rest on `fsdp`. Axes left out
+            are 1; one may be -1: as many as there are devices left.
+        devices: how many the mesh has.
+
+    Raises:
+        UserError: if an axis is unknown, or the product is not the number of devices.
+    """
+    if isinstance(mesh, str):
+        mesh = _preset_axes(mesh, devices) or _parsed_axes(mesh)
+    for axis in mesh:
+        if axis not in MESH_AXES:
+            raise UserError(f"{axis!r} is no mesh axis{nearest(axis, MESH_AXES)}")
+    axes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
+    shown = " × ".join(f"{axis} {size}" for axis, size in axes.items() if size != 1) or "of 1"
+    known = math.prod(size for size in axes.values() if size != -1)
+    left = [axis for axis, size in axes.items() if size == -1]
+    if len(left) > 1 or any(size < 1 and size != -1 for size in axes.values()):
+        raise UserError(f"mesh {shown}: each axis is at least 1, and one may be -1 (what is left)")
+    if left:
+        if devices % known:
+            raise UserError(f"mesh {shown}: {known} does not divide {devices} devices")
+        axes[left[0]] = devices // known
+    if math.prod(axes.values()) != devices:
+        raise UserError(
+            f"the mesh {shown} makes {math.prod(axes.values())} devices, but there are {devices}; "
+            "set one axis to -1 to take what is left"
+        )
+    return axes
+
+
+def _preset_axes(name: str, devices: int) -> dict[str, int] | None:
+    if name == "fsdp+tp":
+        tensor = max(n for n in (1, 2, 4, 8) if n * n <= devices and devices % n == 0)
+        return {"fsdp": -1, "tensor": tensor}
+    return {{"dp": "data", "tp": "tensor"}.get(name, name): -1} if name in PRESETS else None
+
+
+def _parsed_axes(text: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = (word.strip() for word in part.partition("="))
         if axis not in MESH_AXES:
@@ -145,7 +174,7 @@ def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
         if axis in sizes or not size.removeprefix("-").isdecimal():
             raise UserError(f"mesh {text!r}: give each axis one whole number, as in {axis}=2")
         sizes[axis] = int(size)
-    return make_mesh(**sizes, devices=devices)
+    return sizes
 
 
 def data_mesh(rows: int, tokens: int) -> Mesh | None:

@@ -101,7 +101,7 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 
 def test_meshes_that_do_not_fit_are_refused() -> None:
     one = jax.devices()[:1]
-    with pytest.raises(UserError, match=r"make 6 devices, but there are 1"):
+    with pytest.raises(UserError, match=r"data 2 × fsdp 3 makes 6 devices, but there are 1"):
         make_mesh(data=2, fsdp=3, devices=one)
     with pytest.raises(UserError, match="2 does not divide 1 devices"):
         make_mesh(data=2, fsdp=-1, devices=one)

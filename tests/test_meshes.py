@@ -110,7 +110,15 @@ def error(found, expected):
     whole = float(optax.tree.norm(expected))
     norm = np.linalg.norm
     errors = jax.tree.map(lambda a, b: norm(a - b) / (norm(b) + 1e-3 * whole), found, expected)
-    return max(jax.tree.leaves(errors), default=0)
+    # The softmax is blind to the keys' bias: Adam divides what is rounding alone by its size.
+    return max(
+        (
+            error
+            for path, error in jax.tree_util.tree_leaves_with_path(errors)
+            if "key_bias" not in jax.tree_util.keystr(path)
+        ),
+        default=0,
+    )
 
 
 one_records, one_params = run(None)
@@ -224,7 +232,7 @@ def test_presets_on_eight_devices(tmp_path: Path) -> None:
         ("fsdp=2,tensr=2", r"'tensr' is no mesh axis; did you mean 'tensor'"),
         ("fsdp=two", r"give each axis one whole number"),
         ("fsdp=1,fsdp=1", r"give each axis one whole number"),
-        ("data=3", r"make 3 devices, but there are 1"),
+        ("data=3", r"makes 3 devices, but there are 1"),
     ],
 )
 def test_meshes_that_say_nothing_are_refused(text: str, words: str) -> None:

@@ -545,9 +545,9 @@ def test_plan_command(command: Command, tmp_path: Path) -> None:
     [
         ({"model": "gpt3-175"}, "did you mean 'gpt3-175b'?"),
         ({"--topology": "v5q:8x8x8"}, "unknown chip 'v5q'"),
-        ({"--mesh": "fsdp=64,tensor=4"}, "makes 256 devices, and the topology has 512"),
+        ({"--mesh": "fsdp=64,tensor=4"}, "makes 256 devices, but there are 512"),
         ({"--mesh": "fsdp=64,tenser=8"}, "did you mean 'tensor'?"),
-        ({"--mesh": "many"}, "AXIS=SIZE"),
+        ({"--mesh": "many"}, "is no mesh axis"),
         ({"--batch": 100}, "nearest that do are [64, 128]"),
         ({"--batch": "1.5"}, "whole number"),
         ({"--batch": "none"}, "a number above 0"),
@@ -624,6 +624,7 @@ class TestTPUCompiler:
     def test_gpt3(self, gpt3: dict[str, Any]) -> None:
         """GPT-3 for 512 v5p chips: in under three minutes and 4 GB here, at most 12.3 GiB there."""
         assert gpt3["compiled"]
+        # Of both cores together, which other work does not change.
         assert gpt3["seconds"] < 180
         assert gpt3["host_bytes"] < 4e9
         assert gpt3["peak_bytes_per_chip"] <= 12.3 * 2**30
@@ -651,14 +652,13 @@ def gpt3() -> dict[str, Any]:
     """The plan of GPT-3, made in a process of its own, with its time and memory."""
     script = """
 import dataclasses, json, resource, time
-start = time.monotonic()
 from gptjax.config import preset
 from gptjax.planning import plan
 made = plan(
     preset("gpt3-175b"), "v5p:8x8x8", batch=512, mesh="fsdp=64,tensor=8", remat="full"
 )
 print("RESULT" + json.dumps(made.to_dict() | {
-    "seconds": time.monotonic() - start,
+    "seconds": time.process_time(),
     "host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     "collectives": [dataclasses.asdict(c) for c in made.collectives],
 }))

@@ -4,9 +4,8 @@ import math
 
 from gptjax.config import PRESETS, ModelConfig, preset
 from gptjax.errors import UserError
-from gptjax.planning.meshes import parse_axes
 from gptjax.planning.topology import parse_topology
-from gptjax.sharding import RULES
+from gptjax.sharding import RULES, mesh_axes
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -87,6 +86,6 @@ def sequences(
             return min(legal, key=lambda n: abs(n - wanted))
         parts = devices * accumulate
     else:
-        axes = parse_axes(mesh, devices)
+        axes = mesh_axes(mesh, devices)
         parts = math.prod(axes[axis] for axis in RULES["batch"]) * accumulate
     return max(1, round(wanted / parts)) * parts

@@ -1,13 +1,12 @@
 """Which mesh: candidates, and the choice by the closed forms."""
 
 import itertools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptjax.config import ModelConfig
-from gptjax.errors import UserError, nearest
+from gptjax.errors import UserError
 from gptjax.planning.estimate import (
     Layout,
     estimate_memory,
@@ -34,45 +33,6 @@ class Candidate:
     bytes_per_chip: int
     seconds: float
     fits: bool
-
-
-def parse_axes(mesh: str | Mapping[str, int], devices: int) -> dict[str, int]:
-    """The six axes of a mesh.
-
-    Args:
-        mesh: "fsdp=64,tensor=8", or axis -> size. Axes left out are 1; one may be -1, what is left.
-        devices: how many the mesh has.
-
-    Raises:
-        UserError: if an axis is unknown or the product is not the number of devices.
-    """
-    if isinstance(mesh, str):
-        given = {}
-        for part in mesh.replace(" ", "").split(","):
-            axis, _, size = part.partition("=")
-            if not size.lstrip("-").isdigit():
-                raise UserError(
-                    f"mesh {mesh!r}; write AXIS=SIZE, such as fsdp=64,tensor=8, or auto"
-                )
-            given[axis] = int(size)
-    else:
-        given = dict(mesh)
-    for axis in given:
-        if axis not in MESH_AXES:
-            raise UserError(f"unknown mesh axis {axis!r}{nearest(axis, MESH_AXES)}")
-    axes = {axis: given.get(axis, 1) for axis in MESH_AXES}
-    left = [axis for axis, size in axes.items() if size == -1]
-    known = math.prod(size for size in axes.values() if size != -1)
-    if len(left) == 1 and known > 0 and devices % known == 0:
-        axes[left[0]] = devices // known
-    product = math.prod(axes.values())
-    if min(axes.values()) < 1 or product != devices:
-        shown = " × ".join(f"{axis} {size}" for axis, size in given.items())
-        raise UserError(
-            f"the mesh {shown} makes {product} devices, and the topology has {devices}; change an "
-            "axis, or set one to -1 to take what is left"
-        )
-    return axes
 
 
 def choose_mesh(

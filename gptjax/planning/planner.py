@@ -26,6 +26,7 @@ from gptjax.planning.estimate import (
 )
 from gptjax.planning.programs import Collective, bytes_by_kind
 from gptjax.planning.topology import Topology, parse_topology, prepare_compiler
+from gptjax.sharding import mesh_axes
 
 if TYPE_CHECKING:
     import optax
@@ -167,7 +168,7 @@ def plan(
         config: the model. Where `compute_dtype` is "auto", it is taken to be bfloat16 but for CPUs.
         topology: see `parse_topology`.
         batch: sequences of the model's whole context a step.
-        mesh: "fsdp=64,tensor=8", or axis -> size; "auto" chooses (`choose_mesh`), and where the
+        mesh: see `mesh_axes`; "auto" chooses (`choose_mesh`), and where the
             compiler finds that the choice does not fit, tries the next.
         optimizer: any optax transformation; None is AdamW.
         tokens: the budget that days are told for.
@@ -195,7 +196,7 @@ def plan(
         if mesh == "auto":
             candidates = meshes.rank_meshes(wanted, target, batch, optimizer, accumulate)
         else:
-            axes = meshes.parse_axes(mesh, target.devices)
+            axes = mesh_axes(mesh, target.devices)
             layout = lay_out(wanted, target, axes, batch, optimizer, accumulate)
             candidates = [meshes.rate(layout, target)]
         if candidates[0].fits:
