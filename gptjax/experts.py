@@ -70,14 +70,16 @@ def mixture(params: Params, x_BTD: jax.Array, config: ModelConfig) -> tuple[jax.
     names = [name for name in params if name not in ("router", "shared")]
     weights = [params[name].astype(x_BTD.dtype) for name in names]
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    B, T, _ = x_BTD.shape
+    if mesh.empty or mesh.size == 1 or B % axis_parts("batch") or T % axis_parts("sequence"):
+        # Or a few prompts on many devices: the compiler then moves what it has to.
         out_BTD = _compute(
             x_BTD, gates_BTk, chosen_BTk, dict(zip(names, weights, strict=True)), config, 0
         )
         return out_BTD, routing
 
     # A sequence that does not divide stays whole on a tensor group.
-    scatter = x_BTD.shape[1] % axis_parts("residual") == 0
+    scatter = T % axis_parts("residual") == 0
 
     def local(x_btD: jax.Array, gates: jax.Array, chosen: jax.Array, *weights: jax.Array):
         gathered = (

@@ -362,7 +362,8 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.tokens += values["tokens"]
         rate = meter.count(values["tokens"])
-        row = {name: values[name] for name in ("loss", "grad_norm", "tokens")}
+        logged = ("loss", "grad_norm", "tokens", "balance_loss", "router_z_loss")
+        row = {name: values[name] for name in logged if name in values}
         if self.schedule is not None:
             row["learning_rate"] = float(self.schedule(step - 1))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -327,17 +328,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an intermediate value's layout, by logical axes, under the mesh in force.
 
-    The identity where no mesh is set (`jax.set_mesh`) or it has one device. What serves memory
-    alone, "residual", is left out where a sequence is too short to divide.
+    The identity where no mesh is set (`jax.set_mesh`) or it has one device. A dimension that does
+    not divide, such as the rows of a few prompts, is left whole: parameters and training batches
+    have been checked before.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    fitting = [
-        "sequence" if axis == "residual" and size % axis_parts(axis) else axis
-        for axis, size in zip(axes, x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, partition_spec(fitting))
+
+    def fitting(axis: str | None, size: int) -> str | None:
+        if axis is None or size % axis_parts(axis) == 0:
+            return axis
+        return fitting("sequence", size) if axis == "residual" else None
+
+    fit = [fitting(axis, size) for axis, size in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, partition_spec(fit))
 
 
 def on_each_device(
@@ -351,10 +356,13 @@ def on_each_device(
         function: of arrays, the parts of one device; it may communicate over mesh axes by name.
         inputs: the logical axes of each argument.
         outputs: the logical axes of the result, or of each where there are several.
+
+    Raises:
+        UserError: when called, if an argument does not divide.
     """
     # What varies over which axis is not tracked: Pallas kernels cannot say it, and a function that
     # is mapped over stages is refused.
-    return jax.shard_map(
+    mapped = jax.shard_map(
         function,
         in_specs=tuple(partition_spec(axes) for axes in inputs),
         out_specs=tuple(partition_spec(axes) for axes in outputs)
@@ -362,6 +370,19 @@ def on_each_device(
         else partition_spec(outputs),
         check_vma=False,
     )
+
+    def call(*arguments: Any) -> Any:
+        for axes, argument in zip(inputs, arguments, strict=True):
+            for axis, size in zip(axes, jnp.shape(argument), strict=True):
+                parts = 1 if axis is None else axis_parts(axis)
+                if size % parts:
+                    raise UserError(
+                        f"{axis} of size {size} does not divide over the mesh's "
+                        f"{' × '.join(RULES[axis or ''])} = {parts}"
+                    )
+        return mapped(*arguments)
+
+    return call
 
 
 def like_params(tree: Any, params: Any, shardings: Any, other: Any) -> Any:

@@ -200,6 +200,54 @@ def test_the_rest_of_the_model_equals_one_device(rng: np.random.Generator, tmp_p
     assert_small(worst_errors(biased, meshes, rng, tmp_path, steps=2))
 
 
+FORWARD = """
+import jax, jax.numpy as jnp, numpy as np
+from gptjax.errors import UserError
+from gptjax.generation import generate
+from gptjax.model import forward
+from gptjax.params import param_shardings
+from gptjax.sampling import Sampling
+from gptjax.sharding import parse_mesh
+from small_models import random_params
+from test_meshes import DENSE, EXPERTS
+
+rng = np.random.default_rng({seed})
+sampling = Sampling(max_new_tokens=4, temperature=0)
+for config, name in (
+    (DENSE, "fsdp=2,tensor=4"), (EXPERTS, "expert=4,tensor=2"), (EXPERTS, "stage=4,fsdp=2")
+):
+    mesh = parse_mesh(name)
+    params = random_params(config, rng)
+    split = jax.device_put(params, param_shardings(config, mesh))
+    # Neither rows nor tokens divide over devices.
+    tokens = jnp.asarray(rng.integers(0, 31, (3, 7)), jnp.int32)
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    expected = forward(params, tokens, config), generate(params, prompts, config, sampling)
+    with jax.set_mesh(mesh):
+        logits = jax.jit(forward, static_argnames="config")(split, tokens, config)
+        found = generate(split, prompts, config, sampling)
+    assert logits.shape == (3, 7, 31)
+    np.testing.assert_allclose(logits, expected[0], atol=2e-5, rtol=2e-5)
+    assert [list(row) for row in found] == [list(row) for row in expected[1]]
+    print("same")
+with jax.set_mesh(parse_mesh("context")):
+    try:
+        forward(random_params(DENSE, rng), jnp.zeros((1, 7), jnp.int32), DENSE)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_what_does_not_divide_is_computed_all_the_same(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """In forward passes and generation; but for a sequence that goes round a ring."""
+    script = FORWARD.format(seed=int(rng.integers(2**32)))
+    *same, refused = run_alone(script, tmp_path, devices=8, seconds=300).splitlines()
+    assert same == ["same"] * 3
+    assert "sequence of size 7 does not divide over the mesh's context = 8" in refused
+
+
 SHAPES = """
 import jax
 from gptjax.sharding import parse_mesh
