@@ -30,8 +30,8 @@ def attention(
 
     Whole sequences go round a ring where the mesh in force splits them (`ring_attention`), and on a
     TPU through a kernel that never writes the scores to memory (`_splash`), where it takes them:
-    lengths of whole blocks, one reach for all. Dropout is in neither, since its bits would be the
-    mesh's.
+    lengths of whole blocks, one reach for all, a mesh in force or one device. Dropout is in
+    neither, since its bits would be the mesh's.
 
     Args:
         q_BTHC: queries, `[B, T, H, C]`.
@@ -51,10 +51,13 @@ def attention(
     B, T, H, C = q_BTHC.shape
     S, K = k_BSKC.shape[1:3]
     G = H // K
-    if query_slots is None and S == T and (dropout_key is None or dropout == 0):
+    itself = query_slots is None and S == T and key_segments is query_segments
+    if itself and (dropout_key is None or dropout == 0):
         if axis_parts("sequence") > 1:
             return ring_attention(q_BTHC, k_BSKC, v_BSKC, window=window, segments=query_segments)
-        if platform() == "tpu" and window is None and T % _SPLASH_BLOCK == 0:
+        # The kernel is never split over devices but by hand, for which a mesh must be in force.
+        placed = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+        if platform() == "tpu" and placed and window is None and T % _SPLASH_BLOCK == 0:
             return _splash(q_BTHC, k_BSKC, v_BSKC, query_segments)
     # Batch dimensions in front: the layout that batched products are fastest in on every backend.
     q_BKNC = jnp.transpose(q_BTHC.reshape(B, T, K, G, C), (0, 2, 3, 1, 4)).reshape(B, K, G * T, C)

@@ -156,9 +156,9 @@ class ModelConfig:
         scan_unroll: blocks laid out in a row per scan iteration; None chooses (all of them in a
             shallow model, which XLA then schedules better; one otherwise, so that compile time
             does not grow with depth).
-        pipeline_microbatches: parts that a batch passes through the stages of a mesh in; None is up
-            to four times as many as there are stages, so that at most a fifth of the time is spent
-            filling and emptying them.
+        pipeline_microbatches: parts that a batch passes through the stages of a mesh in, a divisor
+            of each device's rows. None is the largest up to four times the number of stages, with
+            which a fifth of the time at most is spent filling and emptying them.
 
     The last five say how the model is computed and change no value beyond rounding, so a
     checkpoint continues under other settings of them (`EXECUTION_FIELDS`).

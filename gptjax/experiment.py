@@ -44,8 +44,8 @@ class Experiment:
         prompt: What samples continue.
         wandb: A Weights & Biases project to log to.
         mesh: How devices share the work: sizes such as "fsdp=4,tensor=2", or "dp", "fsdp", "tp",
-            "fsdp+tp"; "auto" chooses by what the model needs. Without it each batch is split over
-            all that divide it.
+            "fsdp+tp", "context", "expert" or "stage"; "auto" chooses by what the model needs.
+            Without it each batch is split over all that divide it.
         require: What must be there to train on: gpu, tpu or cpu.
         coordinator: HOST:PORT of process 0, where a run has several. Not needed, nor are the next
             two, under Slurm, Open MPI and on Cloud TPU.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.activations import activate
 from gptjax.config import ModelConfig
@@ -169,10 +170,15 @@ def _compute(
     sizes = jnp.bincount(expert_R, length=count).astype(jnp.int32)
     sorted_experts_R = jnp.minimum(expert_R[order_R], count - 1)
 
+    # What grouped products leave in rows of no group is not defined, in their gradients neither.
+    grouped_R1 = (jnp.arange(len(order_R)) < jnp.sum(sizes))[:, None]
+
     def linear(x_RI: jax.Array, name: str) -> jax.Array:
+        x_RI = jnp.where(grouped_R1, x_RI, 0)
         out = jax.lax.ragged_dot(x_RI, experts[name], sizes)
+        out = checkpoint_name(jnp.where(grouped_R1, out, 0), "product")
         bias = experts.get(f"{name}_bias")
-        return out if bias is None else out + bias[sorted_experts_R]
+        return out if bias is None else out + jnp.where(grouped_R1, bias[sorted_experts_R], 0)
 
     rows_RD = x_ND[order_R // k]
     h_RF = linear(rows_RD, "up")
@@ -182,7 +188,5 @@ def _compute(
         else activate(h_RF, config)
     )
     out_RD = linear(h_RF, "down")
-    # What grouped products leave in rows of no group is not defined.
-    out_RD = jnp.where((jnp.arange(len(order_R)) < jnp.sum(sizes))[:, None], out_RD, 0)
     out_RD = out_RD[jnp.argsort(order_R)].reshape(B, T, k, D)
     return jnp.einsum("btkd,btk->btd", out_RD, gates_BTk.astype(out_RD.dtype))

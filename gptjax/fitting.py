@@ -179,7 +179,18 @@ def fit(
         rows = data.check(config, steps)["tokens"].shape[0]
         mesh = _chosen_mesh(config, transformation, rows, eval_data, accumulate)
     _refuse_unequal_processes(
-        mesh, identity, (steps, eval_every, checkpoint_every, sample_prompt, str(out))
+        mesh,
+        identity,
+        {
+            "mesh": None if mesh is None else dict(mesh.shape),
+            "steps": steps,
+            "eval_every": eval_every,
+            "checkpoint_every": checkpoint_every,
+            "eval_data": eval_data is not None,
+            "samples": [tokenizer is not None, sample_prompt, repr(sampling)],
+            "nonfinite": nonfinite,
+            "out": str(out),
+        },
     )
     with contextlib.ExitStack() as stack:
         hosts.on_main(lambda: stack.enter_context(lock_run(out)))
@@ -574,11 +585,17 @@ def _chosen_mesh(
     """A mesh of all devices that the training and the evaluation batches divide over."""
     from gptjax.planning import choose_mesh
 
-    for batch in eval_data or ():
-        # Microbatches are of training alone.
-        rows = math.gcd(rows, len(batch["tokens"]) * accumulate)
-        break
-    axes: Any = choose_mesh(config, batch=rows, optimizer=optimizer, accumulate=accumulate)
+    eval_batch = next((len(batch["tokens"]) for batch in eval_data or ()), None)
+    # Processes may find unlike amounts of memory, but need one mesh.
+    axes: Any = hosts.on_main(
+        lambda: choose_mesh(
+            config,
+            batch=rows,
+            optimizer=optimizer,
+            accumulate=accumulate,
+            eval_batch=eval_batch,
+        )
+    )
     return sharding.make_mesh(**axes)
 
 
@@ -625,7 +642,7 @@ def _refuse_other_run(
 
 
 def _refuse_unequal_processes(
-    mesh: Mesh | None, identity: dict[str, Any], loop: tuple[Any, ...]
+    mesh: Mesh | None, identity: dict[str, Any], loop: dict[str, Any]
 ) -> None:
     """Checks what all processes must have alike, or they would wait for each other for ever.
 

@@ -76,6 +76,7 @@ def initialize(
     links = (_call_roll if process_id == 0 else _answer_roll)(
         address, num_processes, process_id, start_timeout
     )
+    _watch(process_id, links)
     # A signal asks for a stop at the same step everywhere by `StopVote`. JAX's own service would
     # take SIGTERM away from this process for good.
     jax.config.update("jax_enable_preemption_service", False)
@@ -87,7 +88,6 @@ def initialize(
         initialization_timeout=max(30, int(start_timeout)),
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
     )
-    _watch(process_id, links)
 
 
 def are_several() -> bool:
@@ -325,7 +325,11 @@ def _call_roll(address: tuple[str, int], count: int, _: int, timeout: float) -> 
     notice = start + _NOTICE_SECONDS
     problem = None
     with server:
-        while problem is None and len(links) < count - 1:
+        while problem is None:
+            # One that came and died is missing again.
+            links = {process: link for process, link in links.items() if link.is_open()}
+            if len(links) == count - 1:
+                break
             missing = _names(process for process in range(1, count) if process not in links)
             now = time.monotonic()
             if now >= start + timeout:

@@ -151,6 +151,7 @@ def cross_entropy(
     # makes a block, so that a sequence split over devices stays where it is.
     parts = axis_parts("residual")
     length = math.ceil(T / blocks / parts) * parts
+    blocks = math.ceil(T / length)
     pad = ((0, 0), (0, blocks * length - T))
 
     def cut(x: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from gptjax.devices import compute_dtype, materialized, platform
 from gptjax.errors import UserError
 from gptjax.experts import Routing, mixture
 from gptjax.layouts import Int8, OutputsFirst, join_qkv, split_scale, to_int8
-from gptjax.params import Params
+from gptjax.params import Params, is_spec, param_specs
 from gptjax.pipeline import pipelined
 from gptjax.sharding import axis_parts, constrain, on_each_device
 
@@ -213,9 +213,15 @@ def run_blocks(
         return Hidden(x_BTD, None if cache is None else tuple(extended), routing)
 
     # Cast before the loop, so that what is gathered over a mesh inside it is in the small dtype.
-    is_int8 = lambda w: isinstance(w, Int8)  # noqa: E731
-    cast = lambda w: w if is_int8(w) else w.astype(x_BTD.dtype)  # noqa: E731
-    blocks = jax.tree.map(cast, blocks, is_leaf=is_int8)
+    specs = param_specs(config)["blocks"]
+    blocks = jax.tree.map(
+        lambda spec, w: (
+            w if isinstance(w, Int8) or spec.kind == "router" else w.astype(x_BTD.dtype)
+        ),
+        specs,
+        blocks,
+        is_leaf=is_spec,
+    )
 
     def scan(layers: Any, x_BTD: jax.Array, shared: tuple[Context, jax.Array | None]):
         context, keys_B = shared

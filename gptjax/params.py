@@ -4,6 +4,7 @@ The tree of `ParamSpec`s is the single declaration that everything else is read 
 initialization, shardings, decay masks, restoring checkpoints, importing weights.
 """
 
+import dataclasses
 import math
 import zlib
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ class ParamSpec:
         axes: the logical name of each dimension (see `sharding.RULES`).
         init: how it starts; "normal" draws from N(0, std²).
         std: standard deviation for "normal".
-        kind: "embedding", "matrix" or "vector": matrices may be orthogonalized by an optimizer;
-            weight decay acts on embeddings and matrices.
+        kind: "embedding", "matrix", "vector", or "router" for a matrix that stays in float32 in
+            every form of the parameters. Matrices may be orthogonalized by an optimizer; weight
+            decay acts on all but vectors.
         fan_in: for a matrix, how many of the dimensions after the stack are contracted.
         stack: how many dimensions in front only count matrices: the layers, and experts.
     """
@@ -39,7 +41,7 @@ class ParamSpec:
     axes: tuple[str, ...]
     init: Literal["normal", "zeros", "ones"]
     std: float = 0.0
-    kind: Literal["embedding", "matrix", "vector"] = "vector"
+    kind: Literal["embedding", "matrix", "router", "vector"] = "vector"
     fan_in: int = 0
     stack: int = 1
 
@@ -106,7 +108,7 @@ def param_specs(config: ModelConfig) -> Params:
     else:
         E = config.num_experts
         mlp = feed_forward(F, [("experts", E)])
-        mlp["router"] = matrix((D, E), ("embed", "router"))
+        mlp["router"] = dataclasses.replace(matrix((D, E), ("embed", "router")), kind="router")
         if config.shared_experts:
             mlp["shared"] = feed_forward(config.shared_experts * F)
     if config.has_bias("qkv"):
@@ -221,7 +223,7 @@ def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
     weights = sum(
         math.prod(spec.shape) * (chosen if "experts" in spec.axes else 1)
         for spec in specs
-        if spec.kind == "matrix"
+        if spec.kind in ("matrix", "router")
     )
     weights += config.vocab_size * config.embed_dim
     length = config.context_length if context is None else context

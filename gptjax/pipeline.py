@@ -13,14 +13,27 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
 from gptjax.sharding import axis_parts, constrain
 
 
 def microbatches(config: ModelConfig, rows: int, stages: int) -> int:
-    """How many parts a batch passes through the stages in: a divisor of each device's rows."""
+    """How many parts a batch passes through the stages in: a divisor of each device's rows.
+
+    Raises:
+        UserError: if the configuration asks for another number.
+    """
     share = max(rows // axis_parts("batch"), 1)
-    most = config.pipeline_microbatches or 4 * stages
-    return max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    asked = config.pipeline_microbatches
+    if asked is None:
+        return max(n for n in divisors if n <= 4 * stages)
+    if asked not in divisors:
+        raise UserError(
+            f"pipeline_microbatches is {asked}, but each device has {share} rows of the batch; "
+            f"choose one of {divisors}"
+        )
+    return asked
 
 
 def pipelined(

@@ -89,7 +89,9 @@ def make_mesh(
 
 def _arranged(devices: Sequence[Any], sizes: list[int]) -> np.ndarray:
     """The devices as an array of the mesh's shape, neighbours of the network next to each other."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # A GPU has such a number too, one a host, which says nothing about the mesh.
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if slices == 1:
         # A torus of three dimensions may be asked for two, or for parts of one.
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

@@ -9,6 +9,7 @@ import optax
 import pytest
 from small_models import GPT2, MODERN, random_params
 
+from gptjax import experts
 from gptjax.config import ModelConfig
 from gptjax.experts import mixture, route, routing_losses
 from gptjax.generation import generate
@@ -67,6 +68,70 @@ def test_every_choice_of_every_token_is_computed(
     np.testing.assert_array_equal(routing.load_E, load)
     np.testing.assert_allclose(routing.probability_E, total, rtol=1e-5)
     assert float(routing.tokens) == 21
+
+
+@pytest.mark.parametrize("config", [GATED, BIASED], ids=["gated", "biased"])
+def test_rows_of_no_group_count_for_nothing(
+    config: ModelConfig, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On some chips a grouped product leaves anything in them, and its gradients too."""
+    E, k = config.num_experts or 0, config.experts_per_token
+    params = one_block(config, rng)
+    here = {name: w[:2] for name, w in params.items() if name not in ("router", "shared")}
+    x = jnp.asarray(rng.normal(size=(2, 6, 32)), jnp.float32)
+    chosen = jnp.asarray(rng.permuted(np.tile(np.arange(E), (12, 1)), axis=1)[:, :k])
+    gates = jnp.asarray(rng.uniform(0.1, 1, (2, 6, k)), jnp.float32)
+
+    def objective(here: Any, x: jax.Array, gates: jax.Array) -> jax.Array:
+        out = experts._compute(x, gates, chosen.reshape(2, 6, k), here, config, 0)
+        return jnp.sum(jnp.sin(out))
+
+    gradients = jax.grad(objective, argnums=(0, 1, 2))
+    expected = gradients(here, x, gates)
+    plain = jax.lax.ragged_dot
+
+    def beyond(x: jax.Array, sizes: jax.Array) -> jax.Array:
+        return (jnp.arange(x.shape[0]) >= jnp.sum(sizes))[:, None]
+
+    @jax.custom_vjp
+    def littered(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jnp.where(beyond(x, sizes), 7.0, plain(x, w, sizes))
+
+    def forwards(x: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
+        return littered(x, w, sizes), (x, w, sizes)
+
+    def backwards(saved: Any, grad: jax.Array) -> Any:
+        x, w, sizes = saved
+        grad_x, grad_w = jax.vjp(lambda x, w: plain(x, w, sizes), x, w)[1](grad)
+        return jnp.where(beyond(x, sizes), 7.0, grad_x), grad_w, None
+
+    littered.defvjp(forwards, backwards)
+    monkeypatch.setattr(jax.lax, "ragged_dot", littered)
+    found = gradients(here, x, gates)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected
+    )
+
+
+def test_experts_are_chosen_in_float32(rng: np.random.Generator) -> None:
+    """In every form of the parameters, whatever the products are computed in."""
+    config = GATED.replace(compute_dtype="bfloat16")
+    params = random_params(config, rng)
+    tokens = jnp.asarray(rng.integers(0, 31, (2, 16)), jnp.int32)
+    kernels: list[Any] = []
+    watched = experts.route
+
+    def route_and_tell(kernel: Any, x: jax.Array, config: ModelConfig) -> Any:
+        kernels.append(kernel.dtype)
+        return watched(kernel, x, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "route", route_and_tell)
+        for form in (params, unstack_blocks(params, config), decoding_params(params, config)):
+            jax.make_jaxpr(lambda form=form: forward(form, tokens, config))()
+        jax.make_jaxpr(lambda: forward(quantize(params, config), tokens, config))()
+    assert len(kernels) >= 4
+    assert set(kernels) == {jnp.dtype(jnp.float32)}
 
 
 def test_the_losses_of_a_router(rng: np.random.Generator) -> None:

@@ -429,6 +429,15 @@ def test_execution_fields_may_change_and_more_steps_continue(copied: Path):
     assert [row["step"] for row in read_metrics(copied)] == list(range(1, STEPS + 4))
 
 
+def test_a_mesh_may_be_left_to_be_chosen(tmp_path: Path):
+    """Of all devices, and the evaluation's batches divide over it too."""
+    given = arguments(2) | {"out": tmp_path / "run", "progress": False}
+    result = fit(CONFIG, OPTIMIZER, loader(), mesh="auto", **given)
+    place = result.state.params["embed"]["tokens"].sharding
+    assert place.device_set == set(jax.devices())
+    assert result.val_loss is not None
+
+
 def test_load_gives_the_averaged_parameters_and_generates(copied: Path):
     result = fit(CONFIG, OPTIMIZER, loader(), out=copied, progress=False, **arguments())
     folder, step = find_checkpoint(copied)

@@ -452,6 +452,32 @@ def test_the_roll():
         hosts._call_roll(("localhost", taken.getsockname()[1]), 2, 0, 1)
 
 
+def test_one_that_answers_and_dies_is_missing_again():
+    address = ("localhost", free_port())
+    found = []
+
+    def roll() -> None:
+        try:
+            hosts._call_roll(address, 3, 0, 3)
+        except UserError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=roll)
+    thread.start()
+    links = []
+    for process in (1, 2):
+        time.sleep(0.5)
+        links.append(socket.create_connection(address, timeout=5))
+        links[-1].sendall(json.dumps({"process": process, "of": 3}).encode() + b"\n")
+        if process == 1:
+            time.sleep(0.5)
+            links[0].close()
+    thread.join(timeout=10)
+    links[1].close()
+    assert found
+    assert found[0].startswith("process 1 of 3 did not come")
+
+
 def test_what_is_not_a_process_of_the_run_is_ignored():
     address = ("localhost", free_port())
     found = []
@@ -544,14 +570,14 @@ def test_unequal_processes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     mesh = Mesh(np.array([Device(0), Device(1)]))
     given = {"model": {"num_layers": 2}, "optimizer": None}
-    other = {"model": {"num_layers": 3}, "optimizer": None, "loop": (1, 2)}
+    other = {"model": {"num_layers": 3}, "optimizer": None, "loop": {"mesh": {"data": 2}}}
     monkeypatch.setattr(hosts, "gather", lambda value: [value, other])
     with pytest.raises(UserError, match=r"process 1 .* than process 0 \(model\.num_layers\)"):
-        fitting._refuse_unequal_processes(mesh, given, (1, 2))
-    with pytest.raises(UserError, match=r"\(model\.num_layers, loop\)"):
-        fitting._refuse_unequal_processes(mesh, given, (1, 3))
+        fitting._refuse_unequal_processes(mesh, given, {"mesh": {"data": 2}})
+    with pytest.raises(UserError, match=r"\(model\.num_layers, loop\.mesh\.data\)"):
+        fitting._refuse_unequal_processes(mesh, given, {"mesh": {"data": 1}})
     monkeypatch.setattr(hosts, "gather", lambda value: [value, value])
-    fitting._refuse_unequal_processes(mesh, given, (1, 2))
+    fitting._refuse_unequal_processes(mesh, given, {"mesh": {"data": 2}})
 
 
 # The platform.

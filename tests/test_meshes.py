@@ -295,11 +295,15 @@ from gptjax.sharding import parse_mesh
 from gptjax.training import init_state, make_train_step
 from small_models import GPT2
 
-config, optimizer = GPT2, optax.sgd(0.1)
+optimizer = optax.sgd(0.1)
 for mesh, shape, accumulate in (
-    ("fsdp=4,tensor=2", (6, 16), 1), ("dp", (8, 16), 2), ("context", (8, 12), 1)
+    ("fsdp=4,tensor=2", (6, 16), 1),
+    ("dp", (8, 16), 2),
+    ("context", (8, 12), 1),
+    ("stage=2,data=4", (12, 16), 1),
 ):
     mesh = parse_mesh(mesh)
+    config = GPT2.replace(pipeline_microbatches=2)
     step = make_train_step(config, optimizer, mesh, accumulate=accumulate)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets")}
     for call in (step, step.lower):
@@ -312,13 +316,14 @@ for mesh, shape, accumulate in (
 
 def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     printed = run_alone(BATCHES, tmp_path, devices=8).splitlines()
-    assert len(printed) == 6
+    assert len(printed) == 8
     for line, words in zip(
         printed[::2],
         (
             ["batch of 6 rows", "data × fsdp × expert", "[4, 8]"],
             ["batch of 8 rows", "2 microbatches", "[16]"],
             ["sequence of 12 tokens", "context", "[8, 16]"],
+            ["pipeline_microbatches is 2", "3 rows", "[1, 3]"],
         ),
         strict=True,
     ):
@@ -346,3 +351,6 @@ def test_slices_are_joined_by_data() -> None:
     assert slices[:, 0].tolist() == [0, 0, 1, 1]
     with pytest.raises(UserError, match=r"data axis is 1, but the devices are 2 slices"):
         make_mesh(fsdp=8, devices=devices)
+    # A GPU's number is its host's.
+    Device.platform, Device.device_kind = "gpu", "NVIDIA H100"
+    assert make_mesh(fsdp=8, devices=devices).shape["fsdp"] == 8

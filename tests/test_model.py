@@ -196,14 +196,16 @@ def test_how_it_is_computed_changes_nothing(
 
 
 def test_remat_recomputes() -> None:
-    def products(remat: str) -> int:
-        config = GPT2.replace(remat=remat, scan_unroll=1)
+    def products(remat: str, kind: str = "dot_general", experts: int | None = None) -> int:
+        config = GPT2.replace(remat=remat, scan_unroll=1, num_experts=experts)
         params = random_params(config, np.random.default_rng(0))
         tokens = jnp.zeros((1, 4), jnp.int32)
         grad = jax.grad(lambda params: forward(params, tokens, config).sum())
-        return str(jax.make_jaxpr(grad)(params)).count("dot_general")
+        return str(jax.make_jaxpr(grad)(params)).count(kind)
 
     assert products("none") < products("dots") < products("full") == products("offload")
+    none, dots, full = (products(remat, "ragged_dot", 2) for remat in ("none", "dots", "full"))
+    assert none == dots < full
 
 
 def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(rng: np.random.Generator) -> None:

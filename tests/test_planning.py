@@ -373,6 +373,10 @@ def test_mesh_by_memory() -> None:
     assert sharded["fsdp"] > 1
     assert sharded["data"] < 32
     assert sharded["context"] == 1
+    # Other batches must divide too, but do not say how much there is to hold.
+    both = with_memory("v5p:4x4x2", 1000 * 2**30)
+    axes = choose_mesh(config, both, batch=32, eval_batch=8)
+    assert axes["data"] * axes["fsdp"] * axes["expert"] <= 8
     # With fewer sequences than devices something else must be split.
     few = chosen(95, 8)
     assert few["tensor"] * few["context"] == 4

@@ -189,7 +189,9 @@ def _activation_bytes(layout: Layout) -> tuple[float, float]:
     keys = 2 * config.kv_heads * config.head_width / layout.parts("kv_heads")
     hidden = (3 if config.gated_mlp else 2) * config.mlp_width / layout.parts("mlp")
     if config.num_experts is not None:
-        hidden *= config.experts_per_token + config.shared_experts
+        # Each device of an expert group holds the rows of all, for it may be chosen for all.
+        routed = config.experts_per_token * layout.axes["expert"]
+        hidden *= routed + config.shared_experts
     # Probabilities, where attention is not computed block by block.
     scores = 0.0
     if layout.platform == "cpu":
@@ -212,7 +214,7 @@ def estimate_traffic(layout: Layout, linked: int) -> list[Traffic]:
     Weights are gathered over fsdp in the forward and the backward pass and their gradients
     scattered, for every microbatch; gradients are summed over the other axes that split the batch;
     activations are summed over tensor twice a block and pass, keys and values go round context, and
-    tokens go to their experts and back.
+    an expert group gathers its tokens and scatters their sums.
 
     Args:
         layout: of the step.
@@ -225,13 +227,13 @@ def estimate_traffic(layout: Layout, linked: int) -> list[Traffic]:
     gradients = held_bytes(layout.state.params) * c / 4
     residual = layout.tokens() * config.embed_dim * c
     keys = layout.tokens() * 2 * config.kv_heads * config.head_width / layout.parts("kv_heads") * c
-    chosen = layout.tokens("residual") * config.embed_dim * config.experts_per_token * c
+    gathered = layout.tokens() * config.embed_dim * axes["expert"] * c
     sent = {
         "fsdp": 3 * weights * steps,
         "data": 2 * gradients,
         "tensor": 2 * 2 * passes * layout.layers * residual * steps,
         "context": 2 * gradients + passes * layout.layers * keys * axes["context"] * steps,
-        "expert": 2 * passes * layout.layers * chosen * steps,
+        "expert": 2 * passes * layout.layers * gathered * steps,
     }
     traffic = []
     for axis, whole in sent.items():

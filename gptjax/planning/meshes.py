@@ -42,6 +42,7 @@ def choose_mesh(
     batch: int,
     optimizer: "optax.GradientTransformation | None" = None,
     accumulate: int = 1,
+    eval_batch: int | None = None,
 ) -> dict[str, int]:
     """The sizes of the mesh axes for a model, chosen by the closed form of its memory.
 
@@ -57,6 +58,7 @@ def choose_mesh(
         batch: sequences a step.
         optimizer: any optax transformation; None is AdamW.
         accumulate: microbatches.
+        eval_batch: rows of other batches that must divide over the mesh too.
 
     Returns:
         Mesh axis -> size, for `make_mesh(**axes)`.
@@ -66,7 +68,8 @@ def choose_mesh(
     """
     if isinstance(topology, str):
         topology = parse_topology(topology)
-    return rank_meshes(config, topology, batch, optimizer, accumulate)[0].layout.axes
+    ranked = rank_meshes(config, topology, batch, optimizer, accumulate, eval_batch)
+    return ranked[0].layout.axes
 
 
 def rank_meshes(
@@ -75,6 +78,7 @@ def rank_meshes(
     batch: int,
     optimizer: "optax.GradientTransformation | None" = None,
     accumulate: int = 1,
+    eval_batch: int | None = None,
 ) -> list[Candidate]:
     """The meshes that divide model and batch, the best first; see `choose_mesh`.
 
@@ -89,6 +93,8 @@ def rank_meshes(
             layout = lay_out(config, topology, axes, batch, optimizer, accumulate)
         except UserError as error:
             refused = error
+            continue
+        if eval_batch is not None and eval_batch % layout.parts("batch"):
             continue
         if config.context_length % layout.parts("residual") == 0:
             found.append(rate(layout, topology))

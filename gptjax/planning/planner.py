@@ -191,7 +191,8 @@ def plan(
     config = _resolved(config, target)
     optimizer = meshes.default_optimizer(config) if optimizer is None else optimizer
     candidates: list[meshes.Candidate] = []
-    for policy in (config.remat, "full") if remat == "auto" else (remat,):
+    policies = (config.remat,) if config.remat in ("full", "offload") else (config.remat, "full")
+    for policy in policies if remat == "auto" else (remat,):
         wanted = config.replace(remat=policy)
         if mesh == "auto":
             candidates = meshes.rank_meshes(wanted, target, batch, optimizer, accumulate)

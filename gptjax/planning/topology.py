@@ -130,7 +130,8 @@ def parse_topology(name: str) -> Topology:
 
 
 def _local() -> Topology:
-    devices = jax.devices()
+    # Those that can be asked and measured; other processes have more of the kind.
+    devices, count = jax.local_devices(), jax.device_count()
     first = devices[0]
     known = find_chip(first.device_kind)
     stats = first.memory_stats() or {}
@@ -148,7 +149,7 @@ def _local() -> Topology:
         if known is None or known.link_bandwidth is None
         else known.link_bandwidth / known.devices,
     )
-    return Topology("local", "local", first.platform, chip, len(devices), len(devices))
+    return Topology("local", "local", first.platform, chip, count, len(devices))
 
 
 def abstract_mesh(axes: dict[str, int]) -> AbstractMesh:
