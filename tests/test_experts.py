@@ -9,7 +9,7 @@ import optax
 import pytest
 from small_models import GPT2, MODERN, random_params
 
-from gptjax import experts
+from gptjax import experts, model
 from gptjax.config import ModelConfig
 from gptjax.experts import mixture, route, routing_losses
 from gptjax.generation import generate
@@ -228,3 +228,14 @@ def test_sizes_count_all_experts_and_work_only_the_chosen() -> None:
     assert count_params(sparse) - count_params(dense) == 7 * mlp + router
     work = flops_per_token(sparse) - flops_per_token(dense)
     assert work == 6 * (mlp + router)
+
+
+def test_shared_experts_are_for_every_token(rng: np.random.Generator) -> None:
+    params = one_block(SHARED, rng)
+    x = rng.normal(size=(2, 5, 32)).astype(np.float32)
+    found, _ = model.experts(params, jnp.asarray(x), SHARED)
+    routed, _ = mixture(params, jnp.asarray(x), SHARED)
+    shared = jax.tree.map(np.asarray, params["shared"])
+    assert shared["up"].shape == (32, 2 * 128)
+    hidden = np.asarray(jax.nn.silu(x @ shared["gate"])) * (x @ shared["up"])
+    np.testing.assert_allclose(found - routed, hidden @ shared["down"], atol=1e-4, rtol=1e-4)
