@@ -126,6 +126,11 @@ def peak_bytes(compiled: Any) -> int | None:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
+    return program_bytes(compiled)
+
+
+def program_bytes(compiled: Any) -> int | None:
+    """What a compiled program needs on a device by XLA's analysis; None where there is none."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None

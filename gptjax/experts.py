@@ -14,10 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.activations import activate
 from gptjax.config import ModelConfig
-from gptjax.params import Params
+from gptjax.params import Params, param_specs
 from gptjax.sharding import axis_parts, constrain, on_each_device
-
-_TENSOR, _EXPERT, _FSDP = "tensor", "expert", "fsdp"
 
 
 class Routing(NamedTuple):
@@ -79,34 +77,37 @@ def mixture(params: Params, x_BTD: jax.Array, config: ModelConfig) -> tuple[jax.
         )
         return out_BTD, routing
 
+    specs = param_specs(config)["blocks"]["mlp"]
+    # Of one block, where the declaration's first dimension counts them.
+    weight_axes = [specs[name].axes[1:] for name in names]
     # A sequence that does not divide stays whole on a tensor group.
     scatter = T % axis_parts("residual") == 0
 
     def local(x_btD: jax.Array, gates: jax.Array, chosen: jax.Array, *weights: jax.Array):
         gathered = (
-            jax.lax.all_gather(x, _EXPERT, axis=0, tiled=True) for x in (x_btD, gates, chosen)
+            jax.lax.all_gather(x, "expert", axis=0, tiled=True) for x in (x_btD, gates, chosen)
         )
         experts = {
-            name: jax.lax.all_gather(weight, _FSDP, axis=axes.index("embed"), tiled=True)
-            if "embed" in (axes := _axes(name))
+            name: jax.lax.all_gather(weight, "fsdp", axis=axes.index("embed"), tiled=True)
+            if "embed" in axes
             else weight
-            for name, weight in zip(names, weights, strict=True)
+            for name, axes, weight in zip(names, weight_axes, weights, strict=True)
         }
-        first = jax.lax.axis_index(_EXPERT) * experts["up"].shape[0]
+        first = jax.lax.axis_index("expert") * experts["up"].shape[0]
         if "down_bias" in experts:
             # Each device of a tensor group adds a part of the sum.
-            once = jax.lax.axis_index(_TENSOR) == 0
+            once = jax.lax.axis_index("tensor") == 0
             experts["down_bias"] = jnp.where(once, experts["down_bias"], 0)
         x_BtD, gates_Btk, chosen_Btk = gathered
         out = _compute(x_BtD, gates_Btk, chosen_Btk, experts, config, first)
-        out = jax.lax.psum_scatter(out, _EXPERT, scatter_dimension=0, tiled=True)
+        out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
         if scatter:
-            return jax.lax.psum_scatter(out, _TENSOR, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(out, _TENSOR)
+            return jax.lax.psum_scatter(out, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(out, "tensor")
 
     tokens = ("batch", "sequence", None)
     out_axes = ("batch", "residual" if scatter else "sequence", None)
-    on_devices = on_each_device(local, [tokens] * 3 + [_axes(name) for name in names], out_axes)
+    on_devices = on_each_device(local, [tokens] * 3 + weight_axes, out_axes)
     return on_devices(x_BTD, gates_BTk, chosen_BTk, *weights), routing
 
 
@@ -136,19 +137,6 @@ def route(
     return gates_BTk, chosen_BTk, routing
 
 
-def _axes(name: str) -> tuple[str, ...]:
-    """The logical axes of one block's parameter of the experts."""
-    match name:
-        case "down":
-            return ("experts", "mlp", "embed")
-        case "down_bias":
-            return ("experts", "embed")
-        case "up_bias" | "gate_bias":
-            return ("experts", "mlp")
-        case _:
-            return ("experts", "embed", "mlp")
-
-
 def _compute(
     x_BTD: jax.Array,
     gates_BTk: jax.Array,
@@ -169,7 +157,6 @@ def _compute(
     order_R = jnp.argsort(expert_R)
     sizes = jnp.bincount(expert_R, length=count).astype(jnp.int32)
     sorted_experts_R = jnp.minimum(expert_R[order_R], count - 1)
-
     # What grouped products leave in rows of no group is not defined, in their gradients neither.
     grouped_R1 = (jnp.arange(len(order_R)) < jnp.sum(sizes))[:, None]
 
@@ -182,11 +169,10 @@ def _compute(
 
     rows_RD = x_ND[order_R // k]
     h_RF = linear(rows_RD, "up")
-    h_RF = (
-        activate(linear(rows_RD, "gate"), config) * h_RF
-        if "gate" in experts
-        else activate(h_RF, config)
-    )
+    if "gate" in experts:
+        h_RF = activate(linear(rows_RD, "gate"), config) * h_RF
+    else:
+        h_RF = activate(h_RF, config)
     out_RD = linear(h_RF, "down")
     out_RD = out_RD[jnp.argsort(order_R)].reshape(B, T, k, D)
     return jnp.einsum("btkd,btk->btd", out_RD, gates_BTk.astype(out_RD.dtype))

@@ -67,17 +67,17 @@ def loss_fn(
         unweighted. Where nothing is counted all losses are 0.
     """
     objective, sums = loss_sums(params, batch, config, options=options, dropout_key=dropout_key)
-    metrics = mean_metrics(sums)
-    return objective / _count(sums), metrics
+    return objective / token_count(sums), mean_metrics(sums)
 
 
 def mean_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Metrics a token from the sums of `loss_sums`."""
-    rest = {name: total / _count(sums) for name, total in sums.items() if name != "tokens"}
+    rest = {name: total / token_count(sums) for name, total in sums.items() if name != "tokens"}
     return {"loss": rest.pop("nll"), "tokens": sums["tokens"], **rest}
 
 
-def _count(sums: dict[str, jax.Array]) -> jax.Array:
+def token_count(sums: dict[str, jax.Array]) -> jax.Array:
+    """What the sums of `loss_sums` are divided by: 1 where nothing is counted."""
     return jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
 
 

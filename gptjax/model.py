@@ -296,7 +296,7 @@ def block(
         if config.num_experts is None:
             h_BTD = mlp(params["mlp"], h_BTD, config)
         else:
-            h_BTD, routing = experts(params["mlp"], h_BTD, config)
+            h_BTD, routing = expert_mlp(params["mlp"], h_BTD, config)
         h_BTD = constrain(h_BTD, "batch", "residual", "width")
         x_BTD = x_BTD + dropout(h_BTD, config.dropout, keys[2])
     return constrain(x_BTD, "batch", "residual", "width"), cache, routing
@@ -430,7 +430,7 @@ def mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
     return linear(h_BTF, params["down"], params.get("down_bias"))
 
 
-def experts(params: Params, x_BTD: jax.Array, config: ModelConfig) -> tuple[jax.Array, Routing]:
+def expert_mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> tuple[jax.Array, Routing]:
     """The feed-forward layers that a router chooses, and those that every token goes through."""
     h_BTD, routing = mixture(params, x_BTD, config)
     if "shared" in params:

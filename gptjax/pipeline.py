@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.sharding import axis_parts, constrain
+from gptjax.sharding import axis_parts, constrain, deal_rows
 
 
 def microbatches(config: ModelConfig, rows: int, stages: int) -> int:
@@ -56,14 +56,13 @@ def pipelined(
     Returns:
         `[B, T, D]`, and the sums over the whole batch.
     """
-    S, B = axis_parts("layers"), x_BTD.shape[0]
-    M = microbatches(config, B, S)
+    S = axis_parts("layers")
+    M = microbatches(config, x_BTD.shape[0], S)
 
     def split(x: jax.Array) -> jax.Array:
-        """Microbatches in front, row r in microbatch r mod M, so that no row moves to a device."""
         if x.shape[0] == 1:
             return jnp.broadcast_to(x[None], (M, *x.shape))
-        return x.reshape(B // M, M, *x.shape[1:]).swapaxes(0, 1)
+        return deal_rows(x, M)
 
     x_MbTD, shared = split(x_BTD), jax.tree.map(split, shared)
     layers = jax.tree.map(lambda w: w.reshape(S, -1, *w.shape[1:]), layers)

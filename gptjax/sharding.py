@@ -286,6 +286,15 @@ class UnreadBatch:
     read: Callable[[int, int], Mapping[str, np.ndarray]]
 
 
+def deal_rows(x: jax.Array, parts: int) -> jax.Array:
+    """Microbatches in front: `[B, …]` becomes `[parts, B / parts, …]`.
+
+    Row r goes to microbatch r mod `parts`: a batch that is split over devices by rows then stays
+    where it is, where consecutive rows would have to travel.
+    """
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Starts a batch's way to the devices of a mesh; for None to the default one.
 

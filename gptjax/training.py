@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.loss import Batch, LossOptions, loss_sums, mean_metrics
+from gptjax.loss import Batch, LossOptions, loss_sums, mean_metrics, token_count
 from gptjax.params import Params, init_params, param_shardings
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ def make_train_step(
         mesh: where the state and the batch lie; None is the default device.
         accumulate: microbatches that a batch is split into along B. Their gradients are summed
             before the update; the result equals the whole batch's, also where microbatches
-            differ in their number of counted tokens.
+            differ in their number of counted tokens; but for a router's balance loss, which is
+            each microbatch's own.
         loss_options: see `LossOptions`.
         ema_decay: decay rate of `TrainState.ema_params`; None leaves them.
         nonfinite: "skip" leaves parameters and optimizer state as they were where the loss or the
@@ -171,7 +172,7 @@ def make_train_step(
                 jax.eval_shape(sum_gradients, params, first, key),
             )
             (grads, sums), _ = jax.lax.scan(microbatch, zeros, (micros, jnp.arange(accumulate)))
-        count = jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
+        count = token_count(sums)
         grads = jax.tree.map(lambda grad: grad * (size / count), grads)
         return grads, mean_metrics(sums)
 
@@ -227,24 +228,25 @@ class _OnMesh:
     accumulate: int
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rows, length = batch["tokens"].shape
-        sharding.check_batch(rows, length, self.mesh, self.accumulate)
-        with jax.set_mesh(self.mesh):
-            return self.jitted(state, batch)
+        return self._under_mesh(self.jitted, state, batch)
+
+    def trace(self, state: TrainState, batch: Batch) -> Any:
+        """Traces for these shapes, as a jitted function's `trace` does."""
+        return self._under_mesh(self.jitted.trace, state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
         """Traces for these shapes, as a jitted function's `lower` does."""
+        return self._under_mesh(self.jitted.lower, state, batch)
+
+    def _under_mesh(self, function: Any, state: TrainState, batch: Batch) -> Any:
         rows, length = batch["tokens"].shape
         sharding.check_batch(rows, length, self.mesh, self.accumulate)
         with jax.set_mesh(self.mesh):
-            return self.jitted.lower(state, batch)
+            return function(state, batch)
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:
-    """Microbatches in front: `[B, T]` becomes `[parts, B / parts, T]`.
-
-    Row r goes to microbatch r mod `parts`: a batch that is split over devices by rows then stays
-    where it is, where consecutive rows would have to travel.
+    """Microbatches in front: `[B, T]` becomes `[parts, B / parts, T]`, as by `deal_rows`.
 
     Raises:
         UserError: if B does not divide by `parts`.
@@ -256,6 +258,4 @@ def split_batch(batch: Batch, parts: int) -> Batch:
             f"batch of {rows} rows does not divide into {parts} microbatches; "
             f"accumulate one of {legal}"
         )
-    return jax.tree.map(
-        lambda x: x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    return jax.tree.map(partial(sharding.deal_rows, parts=parts), batch)

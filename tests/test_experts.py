@@ -233,7 +233,7 @@ def test_sizes_count_all_experts_and_work_only_the_chosen() -> None:
 def test_shared_experts_are_for_every_token(rng: np.random.Generator) -> None:
     params = one_block(SHARED, rng)
     x = rng.normal(size=(2, 5, 32)).astype(np.float32)
-    found, _ = model.experts(params, jnp.asarray(x), SHARED)
+    found, _ = model.expert_mlp(params, jnp.asarray(x), SHARED)
     routed, _ = mixture(params, jnp.asarray(x), SHARED)
     shared = jax.tree.map(np.asarray, params["shared"])
     assert shared["up"].shape == (32, 2 * 128)

@@ -23,6 +23,9 @@ EXPERTS = MODERN.replace(
     activation="silu",
     scan_unroll=1,
 )
+# As many heads, blocks and experts as devices.
+EIGHT = GPT2.replace(num_layers=8, num_heads=8, scan_unroll=1)
+EIGHT_EXPERTS = EXPERTS.replace(num_layers=2, num_experts=8)
 EXPERTS_BIASED = GPT2.replace(num_layers=4, num_experts=4, normalize_gates=False, scan_unroll=1)
 
 FEW = ["fsdp=4,tensor=2", "context=2,tensor=2,data=2", "stage=2,fsdp=2,tensor=2"]
@@ -198,6 +201,8 @@ def test_the_rest_of_the_model_equals_one_device(rng: np.random.Generator, tmp_p
     # A router's balance is taken over a batch, so that microbatches are not part of this.
     meshes = ["expert=2,fsdp=2,tensor=2", "stage=2,expert=2,tensor=2"]
     assert_small(worst_errors(biased, meshes, rng, tmp_path, steps=2))
+    assert_small(worst_errors(EIGHT, ["tp", "stage"], rng, tmp_path, steps=5))
+    assert_small(worst_errors(EIGHT_EXPERTS, ["expert"], rng, tmp_path, steps=5))
 
 
 FORWARD = """

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import sharding
+from gptjax.devices import program_bytes
 from gptjax.errors import UserError
 from gptjax.planning.estimate import Layout
 from gptjax.planning.programs import Collective, count_flops, read_collectives
@@ -61,8 +62,7 @@ def compile_step(
     shape = (layout.batch, config.context_length)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
     state = abstract_state(config, optimizer, mesh)
-    with jax.set_mesh(mesh):
-        traced = step.jitted.trace(state, {"tokens": ids, "targets": ids})
+    traced = step.trace(state, {"tokens": ids, "targets": ids})
     flops = count_flops(traced.jaxpr)
     try:
         executable = traced.lower().compile()
@@ -86,17 +86,11 @@ def compile_step(
     )
 
 
-def _peak_bytes(executable: Any, platform: str) -> int:
-    analysis = executable.memory_analysis()
+def _peak_bytes(executable: Any, platform: str) -> int | None:
     if platform == "tpu":
-        return analysis.peak_memory_in_bytes
+        return executable.memory_analysis().peak_memory_in_bytes
     # The other compilers do not count temporaries in their peak.
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-        - analysis.alias_size_in_bytes
-    )
+    return program_bytes(executable)
 
 
 def _needed_bytes(message: str) -> int:

@@ -116,7 +116,7 @@ class Layout:
 
     def parts(self, axis: str) -> int:
         """Over how many devices a logical axis is split."""
-        return math.prod(self.axes[mesh_axis] for mesh_axis in sharding.RULES[axis])
+        return sharding.axis_parts(axis, abstract_mesh(self.axes))
 
 
 def lay_out(

@@ -4,8 +4,8 @@ import math
 
 from gptjax.config import PRESETS, ModelConfig, preset
 from gptjax.errors import UserError
-from gptjax.planning.topology import parse_topology
-from gptjax.sharding import RULES, mesh_axes
+from gptjax.planning.topology import abstract_mesh, parse_topology
+from gptjax.sharding import axis_parts, mesh_axes
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -87,5 +87,5 @@ def sequences(
         parts = devices * accumulate
     else:
         axes = mesh_axes(mesh, devices)
-        parts = math.prod(axes[axis] for axis in RULES["batch"]) * accumulate
+        parts = axis_parts("batch", abstract_mesh(axes)) * accumulate
     return max(1, round(wanted / parts)) * parts
