@@ -15,7 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.activations import activate
 from gptjax.config import ModelConfig
 from gptjax.params import Params, param_specs
-from gptjax.sharding import axis_parts, constrain, on_each_device
+from gptjax.sharding import (
+    axis_parts,
+    constrain,
+    gathered,
+    on_each_device,
+    scattered_sum,
+    summed,
+)
 
 
 class Routing(NamedTuple):
@@ -84,13 +91,9 @@ def mixture(params: Params, x_BTD: jax.Array, config: ModelConfig) -> tuple[jax.
     scatter = T % axis_parts("residual") == 0
 
     def local(x_btD: jax.Array, gates: jax.Array, chosen: jax.Array, *weights: jax.Array):
-        gathered = (
-            jax.lax.all_gather(x, "expert", axis=0, tiled=True) for x in (x_btD, gates, chosen)
-        )
+        x_BtD, gates_Btk, chosen_Btk = (gathered(x, "expert", 0) for x in (x_btD, gates, chosen))
         experts = {
-            name: jax.lax.all_gather(weight, "fsdp", axis=axes.index("embed"), tiled=True)
-            if "embed" in axes
-            else weight
+            name: gathered(weight, "fsdp", axes.index("embed")) if "embed" in axes else weight
             for name, axes, weight in zip(names, weight_axes, weights, strict=True)
         }
         first = jax.lax.axis_index("expert") * experts["up"].shape[0]
@@ -98,12 +101,9 @@ def mixture(params: Params, x_BTD: jax.Array, config: ModelConfig) -> tuple[jax.
             # Each device of a tensor group adds a part of the sum.
             once = jax.lax.axis_index("tensor") == 0
             experts["down_bias"] = jnp.where(once, experts["down_bias"], 0)
-        x_BtD, gates_Btk, chosen_Btk = gathered
         out = _compute(x_BtD, gates_Btk, chosen_Btk, experts, config, first)
-        out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
-        if scatter:
-            return jax.lax.psum_scatter(out, "tensor", scatter_dimension=1, tiled=True)
-        return jax.lax.psum(out, "tensor")
+        out = scattered_sum(out, "expert", 0)
+        return scattered_sum(out, "tensor", 1) if scatter else summed(out, "tensor")
 
     tokens = ("batch", "sequence", None)
     out_axes = ("batch", "residual" if scatter else "sequence", None)

@@ -23,7 +23,7 @@ from gptjax.experts import Routing, mixture
 from gptjax.layouts import Int8, OutputsFirst, join_qkv, split_scale, to_int8
 from gptjax.params import Params, is_spec, param_specs
 from gptjax.pipeline import pipelined
-from gptjax.sharding import axis_parts, constrain, on_each_device
+from gptjax.sharding import axis_parts, constrain, on_each_device, scattered_sum, summed
 
 if TYPE_CHECKING:
     from gptjax.tokenizer import Tokenizer
@@ -716,8 +716,8 @@ def _look_up_backward(dtype: Any, residuals: tuple[jax.Array, jax.Array], grad_B
             table = jnp.zeros((V, grad.shape[-1]), jnp.float32)
             table = table.at[tokens].add(grad.astype(jnp.float32))
         if not mesh.empty:
-            table = jax.lax.psum_scatter(table, "fsdp", scatter_dimension=1, tiled=True)
-            table = jax.lax.psum(table, ("data", "expert", "context"))
+            table = scattered_sum(table, "fsdp", 1)
+            table = summed(table, "data", "expert", "context")
         return table.astype(like.dtype)
 
     if not mesh.empty:

@@ -396,6 +396,30 @@ def on_each_device(
     return call
 
 
+def gathered(x: jax.Array, axis: str, dimension: int) -> jax.Array:
+    """On each device, the parts of all devices of a mesh axis, one after another."""
+    return jax.lax.all_gather(x, axis, axis=dimension, tiled=True) if _is_split(axis) else x
+
+
+def scattered_sum(x: jax.Array, axis: str, dimension: int) -> jax.Array:
+    """On each device, its part of the sum over the devices of a mesh axis."""
+    if not _is_split(axis):
+        return x
+    return jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+
+
+def summed(x: jax.Array, *axes: str) -> jax.Array:
+    """On each device, the sum over the devices of mesh axes."""
+    split = tuple(axis for axis in axes if _is_split(axis))
+    return jax.lax.psum(x, split) if split else x
+
+
+def _is_split(axis: str) -> bool:
+    # XLA's CPU backend does not leave out what a group of one would exchange with itself; and with
+    # no more threads than devices, a second exchange in a program can keep the first from ending.
+    return jax.sharding.get_abstract_mesh().shape[axis] > 1
+
+
 def like_params(tree: Any, params: Any, shardings: Any, other: Any) -> Any:
     """Shardings for a tree that repeats the parameters' tree inside, as optimizer states do.
 
