@@ -253,6 +253,36 @@ def test_what_does_not_divide_is_computed_all_the_same(
     assert "sequence of size 7 does not divide over the mesh's context = 8" in refused
 
 
+EXCHANGES = """
+import re
+import jax, numpy as np, optax
+from gptjax.sharding import parse_mesh, place_batch
+from gptjax.training import init_state, make_train_step
+from small_models import GPT2
+
+mesh, optimizer = parse_mesh("dp"), optax.sgd(0.1)
+kinds = r" (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\\("
+# A table's gradient is a product for few tokens, and a scatter for many.
+for vocab_size in (31, 1500):
+    config = GPT2.replace(vocab_size=vocab_size)
+    step = make_train_step(config, optimizer, mesh)
+    state = init_state(config, optimizer, jax.random.key(0), mesh)
+    batch = {name: np.zeros((4, 16), np.int32) for name in ("tokens", "targets")}
+    compiled = step.lower(state, batch).compile()
+    print(*re.findall(kinds, compiled.as_text()))
+    metrics = None
+    for _ in range(300):
+        before, (state, metrics) = metrics, compiled(state, place_batch(batch, mesh))
+        float(0 if before is None else before["loss"])
+"""
+
+
+def test_replicas_exchange_gradients_once(tmp_path: Path) -> None:
+    """With no more threads than devices a second exchange can keep the first from ending."""
+    printed = run_alone(EXCHANGES, tmp_path, devices=2, seconds=200).splitlines()
+    assert printed == ["all-reduce"] * 2
+
+
 SHAPES = """
 import jax
 from gptjax.sharding import parse_mesh
