@@ -18,15 +18,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import devices, hosts, sharding
+from gptjax.adapters import (
+    LoRA,
+    Trainable,
+    join_params,
+    merge_params,
+    split_params,
+    trainable_specs,
+    trainable_to_dict,
+)
 from gptjax.checkpoint import CheckpointManager, diff_configs, lock_run, read_metadata
 from gptjax.config import EXECUTION_FIELDS, ModelConfig
 from gptjax.data.position import DataPosition
 from gptjax.errors import NonFiniteLossError, UserError
 from gptjax.evaluation.perplexity import evaluate_loss, make_eval_step
-from gptjax.loss import LossOptions
+from gptjax.loss import LossOptions, Objective, loss_sums
 from gptjax.model import Model
 from gptjax.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from gptjax.params import Params, count_params, flops_per_token
+from gptjax.params import Params, count_params, count_specs, flops_per_token, params_sha256
 from gptjax.plots import plot_losses
 from gptjax.reporting import MetricsLog, NoLog, Progress, duration, quantity, require_wandb
 from gptjax.sampling import Sampling
@@ -50,9 +59,6 @@ _PROGRESS = (
     "peak_bytes",
 )
 
-# A leaf on many processes is hashed piece by piece, for no host need have room for the whole.
-_PIECE_BYTES = 1 << 26
-
 
 @dataclass(frozen=True)
 class FitResult:
@@ -60,7 +66,8 @@ class FitResult:
 
     Attributes:
         state: the last state.
-        params: the parameters to use: the averaged ones where the optimizer keeps an average.
+        params: the parameters to use, whole: the averaged ones where the optimizer keeps an
+            average, and merged with those that were frozen.
         val_loss: loss of `params` over the whole evaluation data, or None without such data.
         best_val_loss: the lowest of all evaluations.
         finished: False where a signal stopped the run before its last step.
@@ -89,6 +96,9 @@ def fit(
     mesh: Mesh | Literal["auto"] | None = None,
     seed: int = 0,
     params: Params | None = None,
+    trainable: Trainable | None = None,
+    base: str | Path | None = None,
+    objective: Objective = loss_sums,
     accumulate: int = 1,
     eval_every: int | None = None,
     checkpoint_every: int | None = None,
@@ -130,6 +140,12 @@ def fit(
             arranged by what the model needs (`gptjax.planning.choose_mesh`).
         seed: of the parameters and dropout. The order of the data is `train_data`'s own.
         params: start from these instead of drawing them.
+        trainable: train only this: `adapters.LoRA` or `adapters.Only`; needs `params`. Checkpoints
+            hold what is trained alone, so that a resumed run must come with the same `params`.
+        base: where `params` came from, as `load` takes it: with `trainable` `load(out)` finds the
+            frozen parameters there.
+        objective: what is minimized, and what the evaluation tells: the cross-entropy, or
+            `preferences.DPO`.
         accumulate: microbatches a batch is split into.
         eval_every: steps between evaluations, each with a sample; None is a tenth of the run.
         checkpoint_every: steps between checkpoints; None is a tenth of the run. The best
@@ -165,19 +181,31 @@ def fit(
             raise UserError(f"{name} is {value}; at least 1")
     if wandb is not None:
         require_wandb()
-    transformation, schedule, ema_decay = _resolve(optimizer, config, steps)
+    if trainable is not None and params is None:
+        raise UserError(f"trainable is {trainable}, but there are no params to start from")
+    transformation, schedule, ema_decay = _resolve(optimizer, config, steps, trainable)
     identity = {
         "model": config.to_dict(),
         "optimizer": optimizer.to_dict() if isinstance(optimizer, OptimizerConfig) else None,
         "run": {"seed": seed, "accumulate": accumulate, "loss": loss_options._asdict()}
         | (settings or {}),
     }
+    if trainable is not None:
+        frozen = split_params(params or {}, trainable, config, jax.random.key(seed))[1]
+        identity["run"] |= {
+            "trainable": trainable_to_dict(trainable),
+            "frozen_sha256": params_sha256(frozen or {}),
+        }
+    if objective is not loss_sums:
+        identity["run"]["objective"] = repr(objective)
     identity = json.loads(json.dumps(identity))
     eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
     data = DataPosition(train_data)
     if mesh == "auto":
         rows = data.check(config, steps)["tokens"].shape[0]
-        mesh = _chosen_mesh(config, transformation, rows, eval_data, accumulate)
+        # Of AdamW for the whole model where only some is trained, which then needs less.
+        optimized = transformation if trainable is None else None
+        mesh = _chosen_mesh(config, optimized, rows, eval_data, accumulate)
     _refuse_unequal_processes(
         mesh,
         identity,
@@ -207,7 +235,7 @@ def fit(
             tokenizer=tokenizer,
             data=data,
             eval_data=eval_data,
-            eval_step=make_eval_step(config, mesh, loss_options),
+            eval_step=make_eval_step(config, mesh, loss_options, objective),
             schedule=schedule,
             sampling=sampling,
             nonfinite=nonfinite,
@@ -215,6 +243,8 @@ def fit(
             eval_every=eval_every or max(1, steps // 10),
             checkpoint_every=checkpoint_every or max(1, steps // 10),
             use_ema=ema_decay is not None,
+            trainable=trainable,
+            base=None if base is None else str(base),
         )
         first = run.data.check(config, steps)
         if accumulate > 1:
@@ -223,14 +253,17 @@ def fit(
             rows, length = first["tokens"].shape
             sharding.check_batch(rows, length, mesh, accumulate)
         run.sample_prompt = run.choose_prompt(sample_prompt, first)
-        state = run.restore(abstract_state(config, transformation, mesh, ema=run.use_ema))
+        kept: dict[str, Any] = {"ema": run.use_ema, "trainable": trainable}
+        state = run.restore(abstract_state(config, transformation, mesh, **kept))
         if state is None:
             # Of a run that left no checkpoint.
             for name in ("samples.txt", "nonfinite.json") if hosts.is_main() else ():
                 (out / name).unlink(missing_ok=True)
-            state = init_state(
-                config, transformation, jax.random.key(seed), mesh, params=params, ema=run.use_ema
+        if state is None or trainable is not None:
+            new = init_state(
+                config, transformation, jax.random.key(seed), mesh, params=params, **kept
             )
+            state = new if state is None else _with_frozen(state, new.frozen)
         shown = stack.enter_context(Progress(steps, progress and hosts.is_main()))
         if run.step >= steps:
             return run.already_finished(state, shown)
@@ -244,6 +277,8 @@ def fit(
             loss_options=loss_options,
             ema_decay=ema_decay,
             nonfinite="skip" if nonfinite == "skip" else "keep",
+            trainable=trainable,
+            objective=objective,
         )
         log = NoLog()
         if hosts.is_main():
@@ -274,6 +309,8 @@ class _Run:
     eval_every: int
     checkpoint_every: int
     use_ema: bool
+    trainable: Trainable | None
+    base: str | None
     sample_prompt: str | None = None
     step: int = 0
     tokens: float = 0.0
@@ -289,7 +326,7 @@ class _Run:
         """The newest good checkpoint's state, with the loop's own counters set; None if none."""
         if hosts.on_main(self.manager.latest_step) is None:
             return None
-        restored = self.manager.restore(abstract)
+        restored = self.manager.restore(_with_frozen(abstract, None))
         self.step = self.saved_step = restored.step
         for name, value in restored.metadata["progress"].items():
             setattr(self, name, value)
@@ -306,8 +343,12 @@ class _Run:
     ) -> FitResult:
         """Runs the steps that are left."""
         start_step = self.step
+        trained = ""
+        if self.trainable is not None:
+            count = count_specs(trainable_specs(self.config, self.trainable))
+            trained = f" ({quantity(count)} trained)"
         shown.message(
-            f"{quantity(count_params(self.config))} parameters on "
+            f"{quantity(count_params(self.config))} parameters{trained} on "
             f"{devices.describe(sharding.mesh_devices(self.mesh))}, "
             f"{self.steps - start_step} steps"
             + (f" (resuming at step {start_step})" if start_step else "")
@@ -318,7 +359,7 @@ class _Run:
             compiled = step_function.lower(state, batch).compile()
             self.compile_seconds += time.perf_counter() - begin
         self.peak_bytes = devices.peak_bytes(compiled)
-        meter = _Meter(self.config, self.mesh)
+        meter = _Meter(self.config, self.mesh, self.trainable)
         pending: dict[str, jax.Array] | None = None
         stopped = hosts.StopVote()
         while self.step < self.steps and not stopped(stop.asked):
@@ -373,8 +414,7 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.tokens += values["tokens"]
         rate = meter.count(values["tokens"])
-        logged = ("loss", "grad_norm", "tokens", "balance_loss", "router_z_loss")
-        row = {name: values[name] for name in logged if name in values}
+        row = {name: value for name, value in values.items() if name != "skipped"}
         if self.schedule is not None:
             row["learning_rate"] = float(self.schedule(step - 1))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
@@ -461,8 +501,9 @@ class _Run:
             "tokenizer": None if self.tokenizer is None else self.tokenizer.to_dict(),
             "progress": {name: getattr(self, name) for name in _PROGRESS},
             "steps": self.steps,
+            "base": self.base,
         }
-        self.manager.save(self.step, state, metadata, metric=metric)
+        self.manager.save(self.step, _with_frozen(state, None), metadata, metric=metric)
         self.saved_step = self.step
 
     def finish(self, state: TrainState, shown: Progress) -> FitResult:
@@ -518,7 +559,8 @@ class _Run:
         )
 
     def use_params(self, state: TrainState) -> Params:
-        return state.params if state.ema_params is None else state.ema_params
+        trained = state.params if state.ema_params is None else state.ema_params
+        return merge_params(join_params(trained, state.frozen, self.trainable))
 
     def place(self, batch: dict[str, Any] | sharding.UnreadBatch) -> dict[str, jax.Array]:
         """Starts the batch's way to the device."""
@@ -542,8 +584,11 @@ class _Run:
 class _Meter:
     """Tokens a second since the last pause, and what share of the chips' matrix rate that is."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh | None):
+    def __init__(self, config: ModelConfig, mesh: Mesh | None, trainable: Trainable | None):
         self._flops = flops_per_token(config)
+        if isinstance(trainable, LoRA):
+            # Of three products with each kernel, its gradient is not computed.
+            self._flops *= 2 / 3
         processes = jax.process_count()
         local = [
             device
@@ -567,17 +612,24 @@ class _Meter:
         return rate * self._flops / self._peak
 
 
-def _resolve(optimizer: Any, config: ModelConfig, steps: int) -> tuple[Any, Any, float | None]:
+def _with_frozen(state: TrainState, frozen: Params | None) -> TrainState:
+    return state.replace(frozen=frozen)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _resolve(
+    optimizer: Any, config: ModelConfig, steps: int, trainable: Trainable | None
+) -> tuple[Any, Any, float | None]:
     """The transformation, its learning-rate schedule and EMA rate where known."""
     if not isinstance(optimizer, OptimizerConfig):
         return optimizer, None, None
     schedule = make_schedule(optimizer, optimizer.learning_rate, steps)
-    return make_optimizer(optimizer, config, steps), schedule, optimizer.ema_decay
+    made = make_optimizer(optimizer, config, steps, trainable)
+    return made, schedule, optimizer.ema_decay
 
 
 def _chosen_mesh(
     config: ModelConfig,
-    optimizer: "optax.GradientTransformation",
+    optimizer: "optax.GradientTransformation | None",
     rows: int,
     eval_data: Iterable[dict[str, np.ndarray]] | None,
     accumulate: int,
@@ -686,31 +738,6 @@ def _comparable(part: Any) -> Any:
     if not isinstance(part, dict):
         return {}
     return {name: value for name, value in part.items() if name not in EXECUTION_FIELDS}
-
-
-def params_sha256(params: Params) -> str:
-    """A hash of parameters: of their paths and float32 values, in the order of the paths.
-
-    With several processes all of them must call this.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        for part in _on_host(leaf):
-            digest.update(np.ascontiguousarray(np.asarray(part, np.float32)).tobytes())
-    return digest.hexdigest()
-
-
-def _on_host(leaf: Any) -> Iterator[Any]:
-    """An array, in pieces along its first axis where it lies on several processes' devices."""
-    if getattr(leaf, "is_fully_addressable", True) or leaf.ndim == 0:
-        yield leaf
-        return
-    from jax.experimental import multihost_utils
-
-    rows = max(1, _PIECE_BYTES * leaf.shape[0] // leaf.nbytes)
-    for start in range(0, leaf.shape[0], rows):
-        yield multihost_utils.process_allgather(leaf[start : start + rows], tiled=True)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -43,6 +43,57 @@ class Int8:
 
 
 @struct.dataclass
+class LowRank:
+    """A kernel with a low-rank addition: kernel + scale · down · up (Hu et al. 2021).
+
+    Attributes:
+        kernel: `[*stack, *inputs, *outputs]`, an array or `Int8`.
+        down: `[*stack, *inputs, rank]`.
+        up: `[*stack, rank, *outputs]`.
+        scale: of the addition.
+    """
+
+    kernel: Any
+    down: jax.Array
+    up: jax.Array
+    scale: float = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that this stands for."""
+        return self.kernel.shape
+
+    def astype(self, dtype: Any) -> "LowRank":
+        """With all parts in a dtype, but an `Int8` kernel as it is."""
+        return LowRank(
+            cast_kernel(self.kernel, dtype),
+            self.down.astype(dtype),
+            self.up.astype(dtype),
+            self.scale,
+        )
+
+    def merged(self) -> jax.Array:
+        """The array that this stands for, added up in float32."""
+        stack = self.down.ndim + self.up.ndim - 2 - len(self.shape)
+        outer, rank = self.down.shape[:stack], self.down.shape[-1]
+        down = self.down.astype(jnp.float32).reshape(*outer, -1, rank)
+        up = self.up.astype(jnp.float32).reshape(*outer, rank, -1)
+        addition = jnp.matmul(down, up, precision="highest").reshape(self.shape)
+        return self.kernel.astype(jnp.float32) + self.scale * addition
+
+
+def merge_low_rank(tree: Any) -> Any:
+    """A tree with the arrays that its `LowRank`s stand for in their place."""
+    is_low_rank = lambda x: isinstance(x, LowRank)  # noqa: E731
+    return jax.tree.map(lambda x: x.merged() if is_low_rank(x) else x, tree, is_leaf=is_low_rank)
+
+
+def cast_kernel(kernel: Any, dtype: Any) -> Any:
+    """A kernel in a dtype; `Int8` stays as it is."""
+    return kernel if isinstance(kernel, Int8) else kernel.astype(dtype)
+
+
+@struct.dataclass
 class OutputsFirst:
     """A kernel with its output dimensions first, `[*outputs, *inputs]`.
 
@@ -90,6 +141,8 @@ def quantize(params: Params, config: ModelConfig) -> Params:
     def convert(spec: Any, x: Any) -> Any:
         if isinstance(x, Int8):
             return x
+        if isinstance(x, LowRank):
+            x = x.merged()
         if spec.kind == "matrix":
             return _to_int8_jit(x, tuple(range(spec.stack, spec.stack + spec.fan_in)))
         return _to_int8_jit(x, (1,)) if spec.axes[0] == "vocab" else x
@@ -164,13 +217,13 @@ def decoding_params(params: Params, config: ModelConfig) -> Params:
         layers = range(config.num_layers)
         blocks = tuple(_decoding_block(blocks, layer, config) for layer in layers)
     dtype = compute_dtype(config)
-    embed = {name: _cast(x, dtype) if name != "norm" else x for name, x in params["embed"].items()}
-    head = {"head": {"kernel": _cast(params["head"]["kernel"], dtype)}} if "head" in params else {}
+    embed = {
+        name: cast_kernel(x, dtype) if name != "norm" else x for name, x in params["embed"].items()
+    }
+    head = {}
+    if "head" in params:
+        head = {"head": {"kernel": cast_kernel(params["head"]["kernel"], dtype)}}
     return {**params, "blocks": blocks, "embed": embed, **head}
-
-
-def _cast(kernel: Any, dtype: Any) -> Any:
-    return kernel if isinstance(kernel, Int8) else kernel.astype(dtype)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -179,11 +232,12 @@ def _decoding_block(block: Params, layer: jax.Array | None, config: ModelConfig)
         block = jax.tree.map(
             lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), block
         )
+    block = merge_low_rank(block)
     dtype = compute_dtype(config)
     kernels = ("query", "key", "value", "out", "up", "gate", "down")
 
     def cast(part: Params) -> Params:
-        return {name: _cast(x, dtype) if name in kernels else x for name, x in part.items()}
+        return {name: cast_kernel(x, dtype) if name in kernels else x for name, x in part.items()}
 
     attention, mlp = cast(block["attention"]), cast(block["mlp"])
     kernel, bias = join_qkv(attention, config)

