@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 _KINDS = ("characters", "bytes", "bpe")
 
-# Texts go to the BPE library in pieces, many at a time: it works on the pieces of a batch in
-# parallel, and what it holds for each token (strings, offsets) is far larger than the token.
+# Texts go to the trainer of the BPE library in pieces, on which it works in parallel.
 _PIECE_CHARACTERS = 1 << 16
-_BATCH_CHARACTERS = 1 << 21
 _PIECE_END = re.compile(r"\S(?= )")
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -112,7 +110,7 @@ class CharTokenizer:
         Raises:
             UserError: A character is not in the alphabet; names it, its code point and position.
         """
-        return self._encode_array(text).tolist()
+        return self.encode_array(text).tolist()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Returns the characters of `ids`; none is special.
@@ -125,7 +123,8 @@ class CharTokenizer:
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "characters", "alphabet": self.alphabet}
 
-    def _encode_array(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str) -> np.ndarray:
+        """Returns what `encode` does as a 1-D int32 array, many times as fast."""
         points = _code_points(text)
         # The table ends with an unknown, to which every larger code point is clipped.
         ids = self._id_of_code_point[np.minimum(points, len(self._id_of_code_point) - 1)]
@@ -190,6 +189,8 @@ class BPETokenizer:
         eos_token: The token that ends a document, or None.
         bos_token: The token that begins a text, or None.
         chat_template: The Jinja template that lays messages out, or None.
+        splits_at_spaces: Whether text is cut as GPT-2 cuts it, so that what lies between two of the
+            cuts is encoded the same by itself; False where that is not known.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class BPETokenizer:
         library.no_padding()
         library.encode_special_tokens = True
         self._library = library
-        self._splits_at_spaces = _splits_at_spaces(spec)
+        self.splits_at_spaces = _splits_at_spaces(spec)
         self._prompt_start = _prompt_start(spec)
         decoders = spec["decoder"] or {}
         decoder_names = {d["type"] for d in decoders.get("decoders", [decoders]) if d}
@@ -316,6 +317,11 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, encoded by several threads."""
+        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the ids of `text` after those that the model expects before any text.
@@ -459,26 +465,6 @@ class BPETokenizer:
         twice = self._library.decode([i, i], skip_special_tokens=False)
         return twice[len(once) :].encode("utf-8")
 
-    def _encode_pieces(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yields ids in order, and whether they end a document."""
-        batch: list[tuple[str, bool]] = []
-        size = 0
-        for document in documents:
-            pieces = list(_pieces(document)) if self._splits_at_spaces else [document]
-            for number, piece in enumerate(pieces, 1):
-                batch.append((piece, number == len(pieces)))
-                size += len(piece) + 1
-                if size >= _BATCH_CHARACTERS:
-                    yield from self._encode_batch(batch)
-                    batch, size = [], 0
-        yield from self._encode_batch(batch)
-
-    def _encode_batch(self, batch: Sequence[tuple[str, bool]]) -> Iterator[tuple[np.ndarray, bool]]:
-        texts = [text for text, _ in batch]
-        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        for encoding, (_, ends) in zip(encodings, batch, strict=True):
-            yield np.array(encoding.ids, np.uint32), ends
-
 
 def tokenizer_from_dict(values: dict[str, Any]) -> Tokenizer:
     """Rebuilds the tokenizer whose `to_dict()` gave `values`.
@@ -577,44 +563,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
 
 
-def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:
-    """Encodes documents into one 1-D array of ids, uint16 or uint32 by the vocabulary.
-
-    Each document is followed by `eos_id` if the tokenizer has one and there is more than one
-    document. Documents are taken one after another, so they need not be in memory together.
-    """
-    dtype = token_dtype(tokenizer.vocab_size)
-    end = b"" if tokenizer.eos_id is None else np.array([tokenizer.eos_id], dtype).tobytes()
-    tokens = bytearray()
-    first_length = 0
-    count = 0
-    for ids, ends_document in _encode_each(tokenizer, documents):
-        tokens += ids.astype(dtype).tobytes()
-        if not ends_document:
-            continue
-        count += 1
-        if count == 1:
-            first_length = len(tokens)
-            continue
-        if count == 2:
-            tokens[first_length:first_length] = end
-        tokens += end
-    return np.frombuffer(tokens, dtype)
-
-
-def _encode_each(
-    tokenizer: Tokenizer, documents: Iterable[str]
-) -> Iterator[tuple[np.ndarray, bool]]:
-    if isinstance(tokenizer, BPETokenizer):
-        yield from tokenizer._encode_pieces(documents)
-    elif isinstance(tokenizer, CharTokenizer):
-        yield from ((tokenizer._encode_array(text), True) for text in documents)
-    elif isinstance(tokenizer, ByteTokenizer):
-        yield from ((np.frombuffer(text.encode("utf-8"), np.uint8), True) for text in documents)
-    else:
-        yield from ((np.array(tokenizer.encode(text), np.uint32), True) for text in documents)
-
-
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.dtype("<u4"))
 
@@ -683,12 +631,15 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _splits_at_spaces(spec: dict[str, Any]) -> bool:
-    """Says whether encoding the `_pieces` of a text is encoding the text."""
+    """Says whether the text is cut by GPT-2's pattern, after at most a cut around digits."""
     before = spec["pre_tokenizer"] or {}
     steps = before.get("pretokenizers", [before])
     *digits, last = steps
+    # An added token that is not special is found in the text before it is cut.
+    found_first = [token for token in spec["added_tokens"] if not token["special"]]
     return (
-        spec["normalizer"] is None
+        not found_first
+        and spec["normalizer"] is None
         and all(step["type"] == "Digits" for step in digits)
         and last.get("type") == "ByteLevel"
         and last["use_regex"]

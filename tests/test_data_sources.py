@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gptjax.data import load_corpus, read_documents, read_tokens, write_tokens
+from gptjax.data.sources import read_pieces
 from gptjax.errors import UserError
 from gptjax.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
@@ -80,6 +81,68 @@ def test_text_round_trips_exactly(tmp_path: Path) -> None:
     raw = "\ufeff" + "\n\n".join(json.dumps({"body": t}, ensure_ascii=False) for t in texts)
     (tmp_path / "f.jsonl").write_bytes(raw.encode())
     assert list(read_documents(tmp_path / "f.jsonl", text_key="body")) == texts
+
+
+def test_zstd_and_gzip_of_several_parts(tmp_path: Path, rng: np.random.Generator) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    zstd = pyarrow.Codec("zstd")
+    texts = words(rng, 2000)
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    for suffix, pack in (
+        (".zst", lambda data: zstd.compress(data, asbytes=True)),
+        (".gz", gzip.compress),
+    ):
+        folder = tmp_path / suffix[1:]
+        folder.mkdir()
+        # Cut inside a line, as by `split -b`.
+        data = b"".join(lines)
+        packed = pack(data[:31_337]) + pack(data[31_337:])
+        (folder / f"a.jsonl{suffix}").write_bytes(packed)
+        (folder / f"b.txt{suffix}").write_bytes(pack(NASTY.encode()) + pack(NASTY.encode()))
+        (folder / f"c.md{suffix}").write_bytes(pack(b""))
+        (folder / f"ignored.csv{suffix}").write_bytes(pack(b"1,2"))
+        assert list(read_documents(folder)) == [*texts, NASTY * 2, ""]
+        path = folder / f"a.jsonl{suffix}"
+        kind = {".gz": "gzip", ".zst": "zstd"}[suffix]
+        # All ones behind the header are no kind of block.
+        no_block = packed[:10] + b"\xff" * 8 + packed[18:]
+        for damaged in (packed[:-9], packed[:1000], no_block, b"plain text, not packed"):
+            path.write_bytes(damaged)
+            assert f"a.jsonl{suffix}' is no complete {kind} file" in error_of(read_documents, path)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 1 << 20])
+def test_text_in_pieces_is_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr("gptjax.data.sources._PIECE_BYTES", piece_bytes)
+    (tmp_path / "a.txt").write_bytes(NASTY.encode())
+    (tmp_path / "b.txt").write_bytes(b"")
+    assert list(read_documents(tmp_path)) == [NASTY, ""]
+    pieces = list(read_pieces(tmp_path / "a.txt"))
+    assert "".join(text for text, _ in pieces) == NASTY
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert (len(pieces) > 10) == (piece_bytes < 7)
+    good = "é中👩".encode()
+    for bad, place in ((b"\xff after", 9), (b"\xe4\xb8 after", 9), (b"a\xc3", 10)):
+        (tmp_path / "a.txt").write_bytes(good + bad)
+        expected = f"a.txt' is not UTF-8 at byte {place} (0x{(good + bad)[place]:02x})"
+        assert expected in error_of(read_documents, tmp_path / "a.txt")
+
+
+def test_a_line_of_json_may_not_be_endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptjax.data.sources.LONGEST_LINE", 40)
+    path = tmp_path / "a.jsonl"
+    longest = json.dumps({"text": "x" * 28}) + "\n"
+    assert len(longest) == 41
+    path.write_text(longest[:-2] + "}")
+    assert list(read_documents(path)) == ["x" * 28]
+    path.write_text(longest * 2)
+    message = error_of(read_documents, path)
+    assert "a.jsonl:1: a line of more than 40 bytes" in message
+    assert "text file" in message
+    path.write_text('{"text": "a"}\n' + longest)
+    assert "a.jsonl:2: a line of more than 40 bytes" in error_of(read_documents, path)
 
 
 def test_folders_and_patterns_are_read_in_sorted_order(tmp_path: Path) -> None:
@@ -406,7 +469,7 @@ def test_too_little_text(tmp_path: Path) -> None:
     assert "has 1 characters" in message
     assert "0 for train and 1 for validation" in message
     same = write_jsonl(tmp_path / "b.jsonl", ["same", "same", "same", ""])
-    assert "3 documents with text, 1 of them distinct" in error_of(load_corpus, same)
+    assert "3 documents with text, all the same" in error_of(load_corpus, same)
     for fraction in (0, 1, -0.1, 2):
         assert "between 0 and 1" in error_of(load_corpus, same, validation_fraction=fraction)
 
@@ -516,6 +579,23 @@ def test_a_folder_of_token_files_as_nanogpt_writes_it(tmp_path: Path, validation
     assert "vocabulary of 60" in message
     assert "id 3 at position 3" in error_of(load_corpus, tmp_path, tokenizer=CharTokenizer("abc"))
     assert "tokenizer='bpe' is trained on text" in error_of(load_corpus, tmp_path, tokenizer="bpe")
+
+
+def test_ids_that_wrap_are_refused(tmp_path: Path) -> None:
+    """A vocabulary above 65,536 in uint16: what was written has lost its high bits."""
+    path = write_tokens(tmp_path / "a", np.arange(90), 65536, ByteTokenizer())
+    assert len(read_tokens(path, 65536)) == 90
+    message = error_of(read_tokens, path, 65537)
+    assert "holds uint16 tokens, in which ids from 65,536 on wrap" in message
+    assert "65,537" in message
+    sidecar = tmp_path / "a.json"
+    values = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(values | {"vocab_size": 65537}))
+    for call in (read_tokens, load_corpus):
+        assert "ids from 65,536 on wrap" in error_of(call, path)
+    sidecar.unlink()
+    assert load_corpus(path, vocab_size=65536).vocab_size == 65536
+    assert "ids from 65,536 on wrap" in error_of(load_corpus, path, vocab_size=65537)
 
 
 def test_token_files_with_their_tokenizer(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from gptjax.tokenizer import (
     CharTokenizer,
     StreamDecoder,
     Tokenizer,
-    encode_documents,
     encode_prompt,
     tokenizer_from_dict,
 )
@@ -222,72 +221,6 @@ def test_training_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     whole = BPETokenizer.train([text], 320).to_dict()
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 30)
     assert BPETokenizer.train([text], 320).to_dict() == whole
-
-
-def test_encode_documents_is_encode_joined(
-    rng: np.random.Generator, trained: BPETokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Small enough that documents are cut, and batches end inside documents.
-    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 20)
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 90)
-    tokenizers = [trained, ByteTokenizer()]
-    if GPT2.is_dir():
-        tokenizers.append(BPETokenizer.from_files(GPT2 / "vocab.json", GPT2 / "merges.txt"))
-    for count in (0, 1, 2, 3, 30):
-        documents = [fuzzed(rng, 120) for _ in range(count)]
-        characters = CharTokenizer.from_text([*documents, "x"])
-        for tokenizer in (*tokenizers, characters):
-            tail = [tokenizer.eos_id] if count > 1 and tokenizer.eos_id is not None else []
-            expected = [i for text in documents for i in tokenizer.encode(text) + tail]
-            tokens = encode_documents(tokenizer, iter(documents))
-            assert tokens.dtype == np.uint16
-            assert tokens.ndim == 1
-            assert tokens.tolist() == expected
-
-
-def test_pieces_are_only_used_where_they_are_safe(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tokenizers
-
-    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 3)
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    library.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    library.train_from_iterator(["abc def " * 9], trainer)
-    tokenizer = BPETokenizer(library, eos_token=None)
-    assert tokenizer.eos_id is None
-    text = "abc def " * 3
-    assert encode_documents(tokenizer, [text]).tolist() == tokenizer.encode(text)
-
-
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
-def test_dtype_holds_the_vocabulary(vocab_size: int, dtype: type) -> None:
-    class Wide:
-        eos_id = vocab_size - 1
-        bos_id = None
-
-        def __init__(self) -> None:
-            self.vocab_size = vocab_size
-
-        def encode(self, text: str) -> list[int]:
-            return [ord(c) for c in text]
-
-        def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-            return "".join(map(chr, ids))
-
-        def to_dict(self) -> dict:
-            return {}
-
-    tokens = encode_documents(Wide(), ["ab", "", "c"])
-    assert tokens.dtype == dtype
-    end = vocab_size - 1
-    assert tokens.tolist() == [97, 98, end, end, 99, end]
 
 
 def test_dicts_that_are_no_tokenizer() -> None:

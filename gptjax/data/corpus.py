@@ -1,15 +1,17 @@
 """From a source to two arrays of token ids, train and validation, and the tokenizer of both."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.data.encoding import encode_documents
 from gptjax.data.sources import EMBEDDED, TEXT_SUFFIXES, TFDS_PREFIX, read_documents
-from gptjax.data.token_files import check_ids, open_tokens
+from gptjax.data.token_files import check_ids, check_width, open_tokens
+from gptjax.data.token_shards import Tokens, holds_shards, open_token_shards
 from gptjax.errors import UserError, nearest
 from gptjax.pretrained.tokenizer_files import read_tokenizer
 from gptjax.tokenizer import (
@@ -17,7 +19,6 @@ from gptjax.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    encode_documents,
     tokenizer_from_dict,
 )
 
@@ -32,15 +33,16 @@ class Corpus:
     """Text as token ids, ready for the loader.
 
     Attributes:
-        train: 1-D ids, uint16 or uint32; a memory map where the source is a token file.
+        train: 1-D ids, uint16 or uint32; a memory map where the source is a token file, or several
+            that read as one where it is a folder of token shards.
         validation: The held-out ids, likewise.
         tokenizer: None where a token file came without one.
         vocab_size: Every id lies below it: the tokenizer's size; for token files what their
             sidecar, else the tokenizer, else the caller says, else the largest id + 1.
     """
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: Tokens
+    validation: Tokens
     tokenizer: Tokenizer | None
     vocab_size: int
 
@@ -57,6 +59,7 @@ def load_corpus(
     """Reads a source, splits it, and encodes both sides.
 
     How it is split:
+        A folder that `gptjax tokenize` wrote was split then, by these rules.
         A folder with `train.*` and `validation.*` (or `val.*`) files is split already.
         A single document is cut after `int(n * (1 - validation_fraction))` of its n characters
         (a single token file: tokens).
@@ -65,13 +68,15 @@ def load_corpus(
         smallest is always validation and the largest always train, so that no side is empty.
 
     The text is held in memory; token files are memory-mapped. Empty documents are dropped.
+    `tokenize` does the same for more text than fits in memory.
 
     Args:
-        source: As in `read_documents`; or a token file `NAME.bin`, see `write_tokens`.
+        source: As in `read_documents`; or a token file `NAME.bin`, see `write_tokens`; or a folder
+            of token shards, see `tokenize`.
         tokenizer: `"characters"` (of train and validation together), `"bytes"`, `"bpe"` (trained
             on the train documents), a folder with tokenizer.json or vocab.json and merges.txt, or
             a tokenizer. A token file brings its own: leave the default, or name the one it was
-            written with.
+            written with. So do token shards, whose own `"bpe"` means as well.
         vocab_size: How many tokens `"bpe"` learns, by default 1024. For token files without a
             sidecar, the size that their ids are checked against.
         validation_fraction: In (0, 1), of characters or of documents.
@@ -81,33 +86,26 @@ def load_corpus(
     Raises:
         UserError: The source cannot be read or is too short to split, or an argument is not legal.
     """
-    if not 0 < validation_fraction < 1:
-        raise UserError(
-            f"validation_fraction is {validation_fraction}: give a number between 0 and 1, "
-            "for example 0.1"
-        )
-    is_path = source != EMBEDDED and not str(source).startswith(TFDS_PREFIX)
-    files = _split_files(Path(source)) if is_path else None
+    check_fraction(validation_fraction)
+    if source != EMBEDDED and holds_shards(Path(source)):
+        return _shard_corpus(source, tokenizer, vocab_size)
+    files = split_files(source)
     if files is None and str(source).endswith(".bin"):
         files = (Path(source),)
     if files is not None and files[0].suffix == ".bin":
         return _token_corpus(files, tokenizer, vocab_size, validation_fraction)
-    _check_tokenizer(tokenizer, vocab_size)
+    check_tokenizer(tokenizer, vocab_size)
     if files is not None:
         train, validation = (
             [text for text in read_documents(path, text_key=text_key) if text] for path in files
         )
-        if not train or not validation:
-            raise UserError(
-                f"{str(source)!r} has {len(train)} train and {len(validation)} validation "
-                "documents with text: each needs one"
-            )
+        check_sides(len(train), len(validation), str(source))
     else:
         documents = read_documents(source, text_key=text_key, data_dir=data_dir)
         train, validation = _split(
             [text for text in documents if text], validation_fraction, str(source)
         )
-    chosen = _make_tokenizer(tokenizer, vocab_size, train, validation)
+    chosen = make_tokenizer(tokenizer, vocab_size, train, validation)
     return Corpus(
         train=encode_documents(chosen, train),
         validation=encode_documents(chosen, validation),
@@ -116,9 +114,28 @@ def load_corpus(
     )
 
 
-def _split_files(folder: Path) -> tuple[Path, Path] | None:
-    """Finds the two files of a folder that is split already."""
-    if not folder.is_dir():
+def check_fraction(validation_fraction: float) -> None:
+    """Refuses what is no part of a whole."""
+    if not 0 < validation_fraction < 1:
+        raise UserError(
+            f"validation_fraction is {validation_fraction}: give a number between 0 and 1, "
+            "for example 0.1"
+        )
+
+
+def check_sides(train: int, validation: int, source: str) -> None:
+    """Refuses a source that is split already and leaves a side without documents."""
+    if not train or not validation:
+        raise UserError(
+            f"{source!r} has {train} train and {validation} validation documents with text: each "
+            "needs one"
+        )
+
+
+def split_files(source: str | Path) -> tuple[Path, Path] | None:
+    """Returns the files for train and validation of a folder that is split already, or None."""
+    folder = Path(source)
+    if source == EMBEDDED or str(source).startswith(TFDS_PREFIX) or not folder.is_dir():
         return None
     train = _named(folder, ("train",))
     validation = _named(folder, ("validation", "val"))
@@ -143,37 +160,77 @@ def _named(folder: Path, stems: Sequence[str]) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
+class HashSplit(NamedTuple):
+    """Which of several documents are held out, by the digests of `new_hash`."""
+
+    smallest: bytes
+    largest: bytes
+    limit: int
+
+    def holds_out(self, digest: bytes) -> bool:
+        """Says whether the document with this digest is for validation."""
+        is_below = int.from_bytes(digest, "big") < self.limit
+        return digest == self.smallest or (is_below and digest != self.largest)
+
+
+def hash_split(
+    smallest: bytes, largest: bytes, documents: int, fraction: float, source: str
+) -> HashSplit:
+    """Returns the rule for several documents, by two of their digests.
+
+    Raises:
+        UserError: All documents are the same.
+    """
+    if smallest == largest:
+        raise UserError(
+            f"source {source!r} has {documents} documents with text, all the same: give at least "
+            "two different ones, one for train and one for validation"
+        )
+    return HashSplit(smallest, largest, int(fraction * 2**64))
+
+
+def cut_place(characters: int, fraction: float, source: str) -> int:
+    """Returns how many characters of a single document are for train.
+
+    Raises:
+        UserError: Too few for two sides.
+    """
+    cut = int(characters * (1 - fraction))
+    if not 0 < cut < characters:
+        raise UserError(
+            f"source {source!r} has {characters} characters, which split into {cut} for train and "
+            f"{characters - cut} for validation: give more text"
+        )
+    return cut
+
+
+def check_text(documents: int, source: str) -> None:
+    """Refuses a source without any text."""
+    if not documents:
+        raise UserError(f"source {source!r} has 0 documents with text: give one with text")
+
+
 def _split(documents: list[str], fraction: float, source: str) -> tuple[list[str], list[str]]:
+    check_text(len(documents), source)
     if len(documents) == 1:
         (text,) = documents
-        cut = int(len(text) * (1 - fraction))
-        train, validation = text[:cut], text[cut:]
-        if not train or not validation:
-            raise UserError(
-                f"source {source!r} has {len(text)} characters, which split into {len(train)} for "
-                f"train and {len(validation)} for validation: give more text"
-            )
-        return [train], [validation]
-    hashes = [_hash(text) for text in documents]
-    if len(set(hashes)) < 2:
-        raise UserError(
-            f"source {source!r} has {len(documents)} documents with text, {len(set(hashes))} of "
-            "them distinct: give at least two, one for train and one for validation"
-        )
-    smallest, largest, limit = min(hashes), max(hashes), int(fraction * 2**64)
+        cut = cut_place(len(text), fraction, source)
+        return [text[:cut]], [text[cut:]]
+    hashes = [new_hash(text).digest() for text in documents]
+    rule = hash_split(min(hashes), max(hashes), len(documents), fraction, source)
     sides: tuple[list[str], list[str]] = ([], [])
     for text, value in zip(documents, hashes, strict=True):
-        held_out = value == smallest or (value < limit and value != largest)
-        sides[held_out].append(text)
+        sides[rule.holds_out(value)].append(text)
     return sides
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+def new_hash(text: str = "") -> "hashlib.blake2b":
+    """Returns the hash of a document, to which more UTF-8 can be added."""
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=8)
 
 
-def _check_tokenizer(tokenizer: str | Path | Tokenizer, vocab_size: int | None) -> None:
-    """Refuses what cannot be honoured before any text is read."""
+def check_tokenizer(tokenizer: str | Path | Tokenizer, vocab_size: int | None) -> None:
+    """Refuses what cannot be honoured, before any text is read."""
     if vocab_size is not None and tokenizer != "bpe":
         raise UserError(
             f"vocab_size={vocab_size} is for tokenizer='bpe', which is trained; tokenizer="
@@ -188,12 +245,13 @@ def _check_tokenizer(tokenizer: str | Path | Tokenizer, vocab_size: int | None) 
         )
 
 
-def _make_tokenizer(
+def make_tokenizer(
     tokenizer: str | Path | Tokenizer,
     vocab_size: int | None,
-    train: Sequence[str],
-    validation: Sequence[str],
+    train: Iterable[str],
+    validation: Iterable[str],
 ) -> Tokenizer:
+    """Returns a tokenizer by its name or folder, of or trained on text where its kind needs it."""
     if not isinstance(tokenizer, str | Path):
         return tokenizer
     if tokenizer == "characters":
@@ -230,6 +288,9 @@ def _token_corpus(
             f"the tokenizer has {chosen.vocab_size} ids, {str(files[0])!r} was written for "
             f"{known_size}: give the tokenizer it was written with"
         )
+    if known_size is not None:
+        for tokens, path in zip((tokens for tokens, _ in opened), files, strict=True):
+            check_width(tokens.dtype, known_size, str(path))
     arrays: list[np.ndarray] = [tokens for tokens, _ in opened]
     if len(arrays) == 1:
         cut = int(len(arrays[0]) * (1 - fraction))
@@ -246,6 +307,22 @@ def _token_corpus(
         for (tokens, _), path in zip(opened, files, strict=True):
             check_ids(tokens, chosen.vocab_size if chosen else known_size, str(path))
     return Corpus(train, validation, chosen, known_size)
+
+
+def _shard_corpus(
+    folder: str | Path, tokenizer: str | Path | Tokenizer, vocab_size: int | None
+) -> Corpus:
+    shards = open_token_shards(folder)
+    if tokenizer == "bpe":
+        # What scripts say by default. There is no text to learn from, nor a need to.
+        tokenizer, vocab_size = "characters", None
+    chosen = _token_tokenizer(shards.tokenizer, tokenizer, Path(folder))
+    if vocab_size is not None and vocab_size != shards.vocab_size:
+        raise UserError(
+            f"vocab_size is {vocab_size}, but {str(folder)!r} says {shards.vocab_size}: leave it "
+            "out"
+        )
+    return Corpus(shards.train.tokens, shards.validation.tokens, chosen, shards.vocab_size)
 
 
 def _agreed(
@@ -274,8 +351,8 @@ def _token_tokenizer(
             f"tokenizer='bpe' is trained on text and {str(path)!r} holds tokens: name the folder "
             "or the tokenizer they were made with, or leave it out"
         )
-    _check_tokenizer(given, None)
-    chosen = _make_tokenizer(given, None, (), ())
+    check_tokenizer(given, None)
+    chosen = make_tokenizer(given, None, (), ())
     if own is None or own.to_dict() == chosen.to_dict():
         return chosen
     raise UserError(

@@ -6,17 +6,71 @@ every restart. Nothing here grows with the number of tokens, so they may be a me
 
 import functools
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
 
+from gptjax.data.token_shards import ShardedTokens, Tokens, gather_windows
 from gptjax.errors import UserError
 
 # An epoch of so many windows is shuffled as a list of 2 MB in some milliseconds.
 _LARGEST_PERMUTATION = 1 << 18
 
 
-class BatchLoader:
+Batch = dict[str, np.ndarray]
+"""Arrays `[B, T]` by name, as `gptjax.loss.Batch`."""
+
+
+class Loader(ABC):
+    """Batches by position, cut from an endless, random-access sequence of rows.
+
+    Row r of batch n is row `n * batch_size + r` of all.
+
+    Attributes:
+        batch_size: B, rows a batch.
+        context_length: T, tokens a row.
+    """
+
+    batch_size: int
+    context_length: int
+
+    @abstractmethod
+    def read(self, rows: np.ndarray) -> Batch:
+        """Returns the rows of these global numbers, 0 or more each, in their order."""
+
+    @property
+    @abstractmethod
+    def batches_per_epoch(self) -> float:
+        """How many batches hold all the data once; seldom whole."""
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Targets in a batch, B * T."""
+        return self.batch_size * self.context_length
+
+    def __getitem__(self, position: int) -> Batch:
+        """Returns the batch at a position, 0 or more.
+
+        Raises:
+            UserError: `position` is negative.
+        """
+        return self.rows(position, 0, self.batch_size)
+
+    def rows(self, position: int, start: int, stop: int) -> Batch:
+        """Returns rows `[start, stop)` of the batch at a position, and reads no others.
+
+        Raises:
+            UserError: `position` is negative.
+        """
+        position = operator.index(position)
+        if position < 0:
+            raise UserError(f"position is {position}: batches are numbered from 0")
+        first = position * self.batch_size
+        return self.read(np.arange(first + start, first + stop))
+
+
+class BatchLoader(Loader):
     """An endless, random-access sequence of batches of windows.
 
     An epoch visits every window of `context_length` targets once, in an order of its own. With
@@ -36,7 +90,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Tokens,
         *,
         batch_size: int,
         context_length: int,
@@ -47,8 +101,8 @@ class BatchLoader:
         """Takes ids and how to cut them.
 
         Args:
-            tokens: 1-D integer ids; may be a memory map. The caller checks them against the
-                vocabulary.
+            tokens: 1-D integer ids; may be a memory map, or several as one. The caller checks them
+                against the vocabulary.
             batch_size: B, rows a batch.
             context_length: T, tokens a row.
             seed: Of the order and the offsets, not negative.
@@ -66,8 +120,7 @@ class BatchLoader:
                 f"needs {context_length + 1}: give more text, or a context_length of at most "
                 f"{len(tokens) - 1}"
             )
-        if seed < 0:
-            raise UserError(f"seed is {seed}: give 0 or more")
+        check_seed(seed)
         self.batch_size = batch_size
         self.context_length = context_length
         self.seed = seed
@@ -78,65 +131,56 @@ class BatchLoader:
         self._windows = max(1, len(tokens) // context_length - 1) if shuffle else in_order
         unused = len(tokens) - 1 - self._windows * context_length
         self._offsets = min(context_length, unused + 1)
-        # A view: gathering its rows is one copy a row, half the time of indexing token by token.
-        self._rows = np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)
-
-    @property
-    def tokens_per_batch(self) -> int:
-        """Targets in a batch, B * T."""
-        return self.batch_size * self.context_length
+        self._tokens = tokens
 
     @property
     def batches_per_epoch(self) -> float:
         """How many batches visit every window once; seldom whole."""
         return self._windows / self.batch_size
 
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        """Returns the batch at a position, 0 or more.
-
-        Raises:
-            UserError: `position` is negative.
-        """
-        return self.rows(position, 0, self.batch_size)
-
-    def rows(self, position: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Returns rows `[start, stop)` of the batch at a position, and reads no others.
-
-        Raises:
-            UserError: `position` is negative.
-        """
-        position = operator.index(position)
-        if position < 0:
-            raise UserError(f"position is {position}: batches are numbered from 0")
-        first = position * self.batch_size
-        starts = self._starts(np.arange(first + start, first + stop))
-        return _batch(self._rows[starts].astype(np.int32), self.document_separator)
+    def read(self, rows: np.ndarray) -> Batch:
+        """Returns the rows of these global numbers, 0 or more each, in their order."""
+        windows = gather_windows(self._tokens, self._starts(rows), self.context_length + 1)
+        return _batch(windows.astype(np.int32), self.document_separator)
 
     def _starts(self, rows: np.ndarray) -> np.ndarray:
-        """Returns where the windows of global rows begin.
+        """Returns where the windows of global rows begin."""
+        windows, shifts = epoch_places(rows, self._windows, self.seed if self.shuffle else None)
+        return windows * self.context_length + shifts % self._offsets
 
-        Row r of all batches, laid end to end, is window `r % windows` of epoch `r // windows`.
-        """
-        epochs, places = np.divmod(rows, self._windows)
-        if not self.shuffle:
-            return places * self.context_length
-        starts = np.empty_like(rows)
-        for epoch in np.unique(epochs):
-            # SeedSequence: NumPy promises its numbers across versions, a Generator's it doesn't.
-            order, shift = np.random.SeedSequence([self.seed, int(epoch)]).generate_state(2)
-            here = epochs == epoch
-            windows = _shuffled(places[here], self._windows, int(order))
-            starts[here] = windows * self.context_length + int(shift) % self._offsets
-        return starts
+
+def epoch_places(rows: np.ndarray, count: int, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Lays epochs of the same `count` things end to end, each in an order of its own.
+
+    Args:
+        rows: Which of all to look at, 0 or more each.
+        count: How many things an epoch visits.
+        seed: Of the orders; None keeps every epoch in order.
+
+    Returns:
+        For each row which thing it is, in `[0, count)`, and a random number of its epoch, 0 without
+        a seed.
+    """
+    epochs, places = np.divmod(rows, count)
+    draws = np.zeros_like(rows)
+    if seed is None:
+        return places, draws
+    for epoch in np.unique(epochs):
+        # SeedSequence: NumPy promises its numbers across versions, a Generator's it doesn't.
+        order, draw = np.random.SeedSequence([seed, int(epoch)]).generate_state(2)
+        here = epochs == epoch
+        places[here] = _shuffled(places[here], count, int(order))
+        draws[here] = draw
+    return places, draws
 
 
 def evaluation_batches(
-    tokens: np.ndarray,
+    tokens: Tokens,
     *,
     batch_size: int,
     context_length: int,
     document_separator: int | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Batch]:
     """Yields batches that hold every target of an array exactly once, in order.
 
     The windows do not overlap. All batches have the same shape: what is left of the last one is
@@ -163,8 +207,8 @@ def evaluation_batches(
 
 
 def _evaluation_batches(
-    tokens: np.ndarray, batch_size: int, context_length: int, separator: int | None
-) -> Iterator[dict[str, np.ndarray]]:
+    tokens: Tokens, batch_size: int, context_length: int, separator: int | None
+) -> Iterator[Batch]:
     size = batch_size * context_length
     columns = np.arange(context_length + 1)
     row_starts = np.arange(batch_size)[:, None] * context_length
@@ -181,7 +225,7 @@ def _evaluation_batches(
         yield batch
 
 
-def _batch(rows: np.ndarray, separator: int | None) -> dict[str, np.ndarray]:
+def _batch(rows: np.ndarray, separator: int | None) -> Batch:
     """Turns `[B, T + 1]` tokens into a batch."""
     tokens, targets = rows[:, :-1], rows[:, 1:]
     batch = {"tokens": np.ascontiguousarray(tokens), "targets": np.ascontiguousarray(targets)}
@@ -197,11 +241,23 @@ def _batch(rows: np.ndarray, separator: int | None) -> dict[str, np.ndarray]:
     return batch
 
 
-def _checked_tokens(tokens: np.ndarray, batch_size: int, context_length: int) -> np.ndarray:
+def check_shape(batch_size: int, context_length: int) -> None:
+    """Refuses batches without rows or rows without tokens."""
     for name, value in (("batch_size", batch_size), ("context_length", context_length)):
         if value < 1:
             raise UserError(f"{name} is {value}: give 1 or more")
-    tokens = np.asarray(tokens)
+
+
+def check_seed(seed: int) -> None:
+    """Refuses negative seeds."""
+    if seed < 0:
+        raise UserError(f"seed is {seed}: give 0 or more")
+
+
+def _checked_tokens(tokens: Tokens, batch_size: int, context_length: int) -> Tokens:
+    check_shape(batch_size, context_length)
+    if not isinstance(tokens, ShardedTokens):
+        tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(
             f"tokens are {tokens.dtype} of shape {tokens.shape}: give a 1-D array of integer ids"
@@ -212,7 +268,7 @@ def _checked_tokens(tokens: np.ndarray, batch_size: int, context_length: int) ->
 def _shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Returns what a permutation of `[0, count)`, drawn from a seed, has at some places."""
     if count <= _LARGEST_PERMUTATION:
-        return _permutation(count, seed)[places]
+        return permutation(count, seed)[places]
     # A keyed permutation, computed place by place: no list to make and hold. It is not used for
     # less because its search within a larger range takes 1 / count: 17 ms a place for 2 of them.
     from grain.experimental import index_shuffle
@@ -222,9 +278,11 @@ def _shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
     )
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(count: int, seed: int) -> np.ndarray:
+# Enough for a mixture of some sources, each at the end of one epoch and the start of the next.
+@functools.lru_cache(maxsize=32)
+def permutation(count: int, seed: int) -> np.ndarray:
+    """Returns `[0, count)` in an order drawn from a 32-bit seed; read-only, for it is kept."""
     # RandomState, for its numbers are frozen: a saved position must mean the same for ever.
-    permutation = np.random.RandomState(seed).permutation(count)
-    permutation.setflags(write=False)
-    return permutation
+    order = np.random.RandomState(seed).permutation(count)
+    order.setflags(write=False)
+    return order

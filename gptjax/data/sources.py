@@ -2,22 +2,35 @@
 
 import ast
 import codecs
+import contextlib
 import difflib
 import glob
 import gzip
 import importlib
+import io
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from gptjax.errors import UserError
 
 EMBEDDED = "embedded"
 TFDS_PREFIX = "tfds:"
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".txt.gz", ".md.gz", ".jsonl.gz")
+_PACKED_SUFFIXES = (".gz", ".zst")
+_PLAIN_SUFFIXES = (".txt", ".md", ".jsonl")
+TEXT_SUFFIXES = (
+    *_PLAIN_SUFFIXES,
+    ".parquet",
+    *(plain + packed for packed in _PACKED_SUFFIXES for plain in _PLAIN_SUFFIXES),
+)
+LONGEST_LINE = 1 << 28
+"""The most bytes of a line of JSON, which must be in memory to be read."""
+
+_PIECE_BYTES = 1 << 20
 
 _SHORTEST_EMBEDDED = 80
 _NOT_DOCUMENTATION = {
@@ -43,14 +56,15 @@ def read_documents(
 ) -> Iterator[str]:
     """Yields the documents of a source one after another, exactly as they are stored.
 
-    No more than one text file, one JSON line or one batch of records is in memory at a time.
+    No more than one text file, one JSON line or one batch of records is in memory at a time;
+    `read_pieces` does not even hold a text file.
 
     Args:
         source: One of
             `"embedded"`: the documentation inside every Python, see `embedded_documents`;
             a file, a folder (read recursively, in sorted order) or a glob pattern. `.jsonl` and
             `.parquet` hold a document a record; anything else is UTF-8 text and one document.
-            `.gz` is unpacked. In a folder only the suffixes of `TEXT_SUFFIXES` are read;
+            `.gz` and `.zst` are unpacked. In a folder only `TEXT_SUFFIXES` are read;
             `"tfds:NAME"`, `"tfds:NAME/CONFIG:VERSION"`, each with an optional `@SPLIT` such as
             `@train[:10%]` (default `@train`): a TensorFlow data set, without TensorFlow.
         text_key: The field of a record that holds its text.
@@ -58,13 +72,61 @@ def read_documents(
 
     Raises:
         UserError: At once where the source is missing; while iterating where it cannot be read
-            (not UTF-8, no such field, broken file), naming file and place.
+            (not UTF-8, no such field, broken file, a line of JSON above `LONGEST_LINE`), naming
+            file and place.
+    """
+    return join_pieces(read_pieces(source, text_key=text_key, data_dir=data_dir))
+
+
+def read_pieces(
+    source: str | Path,
+    *,
+    text_key: str = "text",
+    data_dir: str | Path | None = None,
+) -> Iterator[tuple[str, bool]]:
+    """Yields the documents of a source in pieces, so that a text file need not be in memory.
+
+    Args:
+        source: As in `read_documents`.
+        text_key: Likewise.
+        data_dir: Likewise.
+
+    Returns:
+        Some text of a document, and whether the document ends with it. Text files come in pieces
+        cut anywhere between two characters, what is stored as a record comes whole.
+
+    Raises:
+        UserError: As `read_documents` does.
     """
     if source == EMBEDDED:
-        return embedded_documents()
+        return _as_pieces(embedded_documents())
     if isinstance(source, str) and source.startswith(TFDS_PREFIX):
-        return _tfds_documents(source.removeprefix(TFDS_PREFIX), text_key, data_dir)
-    return _file_documents(find_files(source), text_key)
+        documents = _tfds_documents(source.removeprefix(TFDS_PREFIX), text_key, data_dir)
+        return _as_pieces(documents)
+    return _file_pieces(find_files(source), text_key)
+
+
+def join_pieces(pieces: Iterable[tuple[str, bool]]) -> Iterator[str]:
+    """Yields whole documents."""
+    held: list[str] = []
+    for text, ends in pieces:
+        held.append(text)
+        if ends:
+            yield "".join(held)
+            held = []
+
+
+def drop_empty(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Leaves out the documents without text."""
+    begun = False
+    for text, ends in pieces:
+        if text or begun:
+            yield text, ends
+        begun = not ends and (begun or bool(text))
+
+
+def _as_pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    return ((text, True) for text in documents)
 
 
 def find_files(source: str | Path) -> list[Path]:
@@ -158,52 +220,103 @@ def _worthwhile(texts: Iterable[str]) -> Iterator[str]:
             yield text + "\n"
 
 
-def _file_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
+def _file_pieces(files: Iterable[Path], text_key: str) -> Iterator[tuple[str, bool]]:
     for path in files:
-        suffix = Path(path.name.removesuffix(".gz")).suffix
+        packing, suffix = suffixes(path)
         if suffix == ".bin":
             raise UserError(
                 f"{str(path)!r} holds tokens, not text: read it with load_corpus or read_tokens"
             )
-        if suffix == ".parquet":
-            yield from _parquet_documents(path, text_key)
+        if suffix == ".parquet" and not packing:
+            yield from _as_pieces(_parquet_documents(path, text_key))
             continue
-        read = _jsonl_documents if suffix == ".jsonl" else _text_documents
-        try:
-            with _open_bytes(path) as file:
-                yield from read(file, path, text_key)
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise UserError(
-                f"{str(path)!r} is no complete gzip file ({error}): copy it again"
-            ) from error
+        with open_unpacked(path) as file:
+            if suffix == ".jsonl":
+                yield from _as_pieces(_jsonl_documents(file, path, text_key))
+            else:
+                yield from _text_pieces(file, path)
 
 
-def _open_bytes(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+def suffixes(path: Path) -> tuple[str, str]:
+    """Returns how a file is packed (".gz", ".zst" or ""), and what is in it (such as ".jsonl")."""
+    packing = path.suffix if path.suffix in _PACKED_SUFFIXES else ""
+    return packing, Path(path.name.removesuffix(packing)).suffix
 
 
-def _text_documents(file: BinaryIO | gzip.GzipFile, path: Path, text_key: str) -> Iterator[str]:
+@contextlib.contextmanager
+def open_unpacked(path: Path) -> Iterator[BinaryIO | gzip.GzipFile | io.BufferedReader]:
+    """Opens a file to read the bytes that are packed in it.
+
+    Raises:
+        UserError: When it is read, where it is packed and damaged.
+    """
+    packing, _ = suffixes(path)
+    try:
+        with _open_bytes(path, packing) as file:
+            yield file
+    except (EOFError, zlib.error, OSError) as error:
+        # What is wrong with the packed data has no number, as troubles of the system have.
+        if not packing or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        kind = {".gz": "gzip", ".zst": "zstd"}[packing]
+        raise UserError(
+            f"{str(path)!r} is no complete {kind} file ({error}): copy it again"
+        ) from error
+
+
+def _open_bytes(path: Path, packing: str) -> BinaryIO | gzip.GzipFile | io.BufferedReader:
+    if packing == ".gz":
+        return gzip.open(path)
+    if packing == ".zst":
+        import pyarrow
+
+        path.open("rb").close()  # PyArrow's own error is no FileNotFoundError and the like.
+        stream = pyarrow.input_stream(str(path), compression="zstd")
+        return io.BufferedReader(cast(io.RawIOBase, stream), _PIECE_BYTES)
+    return path.open("rb")
+
+
+def _text_pieces(file: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[tuple[str, bool]]:
     # Bytes are decoded here, for text mode would translate newlines.
-    yield _decode(file.read(), path, 0)
+    rest, offset = b"", 0
+    while data := file.read(_PIECE_BYTES):
+        data = rest + data
+        text, used = _decode(data, path, offset, final=False)
+        yield text, False
+        rest, offset = data[used:], offset + used
+    yield _decode(rest, path, offset)[0], True
 
 
-def _jsonl_documents(file: Iterable[bytes], path: Path, text_key: str) -> Iterator[str]:
+def _jsonl_documents(file: BinaryIO | gzip.GzipFile, path: Path, text_key: str) -> Iterator[str]:
+    return (_text_of(record, text_key, place) for record, place in jsonl_records(file, path))
+
+
+def jsonl_records(
+    file: BinaryIO | gzip.GzipFile, path: Path
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a file with one a line, and where each is, for messages."""
     offset = 0
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
         start, offset = offset, offset + len(line)
+        if len(line) > LONGEST_LINE:
+            raise UserError(
+                f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes, the most that is "
+                "read at once: split its text over several records, or store it as a text file, "
+                "which may have any length"
+            )
         if number == 1 and line.startswith(codecs.BOM_UTF8):
             start, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         place = f"{path}:{number}"
-        decoded = _decode(line, path, start)
+        decoded, _ = _decode(line, path, start)
         try:
             record = json.loads(decoded)
         except ValueError as error:
             raise UserError(f"{place}: not JSON ({error}): give one object a line") from error
         if not isinstance(record, dict):
             raise UserError(f"{place}: a {type(record).__name__}: give one object a line")
-        yield _text_of(record, text_key, place)
+        yield record, place
 
 
 def _parquet_documents(path: Path, text_key: str) -> Iterator[str]:
@@ -228,6 +341,22 @@ def _parquet_documents(path: Path, text_key: str) -> Iterator[str]:
 
 
 def _tfds_documents(spelled: str, text_key: str, data_dir: str | Path | None) -> Iterator[str]:
+    records = tfds_records(spelled, data_dir)
+    return (_text_of(record, text_key, place) for record, place in records)
+
+
+def tfds_records(
+    spelled: str, data_dir: str | Path | None = None
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The records of a TFDS data set with all their fields, and where each is, for messages.
+
+    Args:
+        spelled: `NAME[/CONFIG][:VERSION][@SPLIT]`.
+        data_dir: As in `read_documents`.
+
+    Raises:
+        UserError: At once, as `read_documents` does.
+    """
     name, at, split = spelled.partition("@")
     if not name or (at and not split):
         raise UserError(
@@ -252,14 +381,14 @@ def _tfds_documents(spelled: str, text_key: str, data_dir: str | Path | None) ->
         )
     except Exception as error:  # Builders are code of many authors and raise what they like.
         raise _tfds_error(name, split or "train", where, error) from error
-    return _tfds_texts(records, text_key, TFDS_PREFIX + spelled)
+    return _placed(records, TFDS_PREFIX + spelled)
 
 
-def _tfds_texts(records: Any, text_key: str, place: str) -> Iterator[str]:
+def _placed(records: Any, place: str) -> Iterator[tuple[dict[str, Any], str]]:
     for start in range(0, len(records), _TFDS_BATCH):
         numbers = range(start, min(start + _TFDS_BATCH, len(records)))
         for number, record in zip(numbers, records.__getitems__(list(numbers)), strict=True):
-            yield _text_of(record, text_key, f"{place}, record {number}")
+            yield record, f"{place}, record {number}"
 
 
 def _tfds_error(name: str, split: str, data_dir: str | None, error: Exception) -> UserError:
@@ -325,9 +454,10 @@ def _no_key(text_key: str, present: Iterable[str], place: str) -> UserError:
     return UserError(f"{place}: no {text_key!r}; there is {names}: name the field with text_key")
 
 
-def _decode(data: bytes, path: Path, start: int) -> str:
+def _decode(data: bytes, path: Path, start: int, final: bool = True) -> tuple[str, int]:
+    """Returns text and the bytes it took, all of them where they are the `final` ones."""
     try:
-        return data.decode("utf-8")
+        return codecs.utf_8_decode(data, "strict", final)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{str(path)!r} is not UTF-8 at byte {start + error.start} "

@@ -79,10 +79,12 @@ def read_tokens(path: str | Path, vocab_size: int | None = None) -> np.memmap:
         vocab_size: If given, every id is read once and must lie below it.
 
     Raises:
-        UserError: No such file, its length does not fit, or an id is too large.
+        UserError: No such file, its length does not fit, an id is too large, or the vocabulary is
+            larger than the file's dtype.
     """
     tokens, _ = open_tokens(path)
     if vocab_size is not None:
+        check_width(tokens.dtype, vocab_size, str(path))
         check_ids(tokens, vocab_size, str(path))
     return tokens
 
@@ -108,6 +110,7 @@ def open_tokens(path: str | Path) -> tuple[np.memmap, dict[str, Any] | None]:
                 f"{str(sidecar)!r} does not describe a token file ({error}): write the tokens "
                 "again with write_tokens, or remove it to read uint16"
             ) from error
+        check_width(dtype, values["vocab_size"], str(binary))
     size = binary.stat().st_size
     wanted = size if count is None else count * dtype.itemsize
     if size == 0 or size % dtype.itemsize or size != wanted:
@@ -122,6 +125,16 @@ def open_tokens(path: str | Path) -> tuple[np.memmap, dict[str, Any] | None]:
 def _token_paths(path: str | Path) -> tuple[Path, Path]:
     stem = Path(str(path).removesuffix(".bin"))
     return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".json")
+
+
+def check_width(dtype: np.dtype, vocab_size: int, name: str) -> None:
+    """Raises where ids of a vocabulary do not fit a dtype, so that larger ones have wrapped."""
+    if vocab_size > np.iinfo(dtype).max + 1:
+        raise UserError(
+            f"{name!r} holds {dtype.name} tokens, in which ids from {np.iinfo(dtype).max + 1:,} on "
+            f"wrap, for a vocabulary of {vocab_size:,}: write them as uint32, as write_tokens and "
+            "gptjax tokenize do"
+        )
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, name: str) -> None:
