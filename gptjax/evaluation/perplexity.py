@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax import sharding
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.loss import Batch, LossOptions, Objective, loss_sums, target_count
+from gptjax.loss import Batch, LossOptions, Objective, loss_sums
 from gptjax.params import Params
 
 EvalStep = Callable[[Params, Any], tuple[jax.Array, jax.Array]]
@@ -44,7 +43,7 @@ def evaluate_loss(
 ) -> float:
     """Mean cross-entropy over every counted target of all batches, in nats a token.
 
-    Sums are kept on the device and added there, so that it never waits for the host.
+    Sums of a batch are fetched while the device works at the next one, and added in float64.
 
     Args:
         params: the model's parameters.
@@ -54,22 +53,17 @@ def evaluate_loss(
     Raises:
         UserError: if no target counts.
     """
-    nll, tokens = jnp.float32(0), jnp.float32(0)
-    # Float32 sums of up to a few thousand batches of similar size keep six digits; compensated
-    # (Kahan) summation keeps them for any number.
-    nll_lost = jnp.float32(0)
+    nll = targets = 0.0
+    # Never more than two programs at once: of more, the collectives of a CPU's devices may wait for
+    # each other for ever.
+    pending: list[tuple[jax.Array, jax.Array]] = []
     for batch in batches:
-        more, count = eval_step(params, batch)
-        nll, nll_lost = _add(nll, nll_lost, more)
-        tokens = tokens + count
-    if float(tokens) == 0:
+        pending.append(eval_step(params, batch))
+        if len(pending) > 1:
+            more, count = pending.pop(0)
+            nll, targets = nll + float(more), targets + float(count)
+    for more, count in pending:
+        nll, targets = nll + float(more), targets + float(count)
+    if targets == 0:
         raise UserError("nothing to evaluate: no batch, or no target with a weight")
-    return float(nll) / float(tokens)
-
-
-@jax.jit
-def _add(total: jax.Array, lost: jax.Array, more: jax.Array) -> tuple[jax.Array, jax.Array]:
-    corrected = more - lost
-    new = total + corrected
-    # XLA would fold this difference of sums to zero without the barrier.
-    return new, jax.lax.optimization_barrier(new - total) - corrected
+    return nll / targets
