@@ -520,6 +520,7 @@ class _Run:
             "compile_seconds": round(self.compile_seconds, 3),
             "train_seconds": round(self.train_seconds, 3),
             "peak_bytes": self.peak_bytes,
+            "devices": devices.describe(sharding.mesh_devices(self.mesh)),
         }
         if hosts.is_main():
             _write_json(self.out / "summary.json", summary)

@@ -4,6 +4,10 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptjax.evaluation.calibration import Bins
 
 
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
@@ -113,4 +117,42 @@ def plot_memory(
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(png)
+
+
+def plot_reliability(results: Mapping[str, "Bins"], png: str | Path) -> None:
+    """Draws how often a model is right by how sure it is, and how many items there are of each.
+
+    The diagonal is a calibrated model; below it, a model is surer than it is right.
+
+    Args:
+        results: label -> bins, such as `Calibration.bins`.
+        png: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5.6), dpi=150, layout="constrained")
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    axes.plot((0, 1), (0, 1), color="black", linestyle="--", linewidth=1, label="calibrated")
+    for number, (label, bins) in enumerate(results.items()):
+        axes.plot(
+            bins.confidence,
+            bins.accuracy,
+            color=f"C{number}",
+            marker="o",
+            markersize=3.5,
+            linewidth=1.2,
+            label=f"{label} (calibration error {bins.error:.4f})",
+        )
+        share = bins.count / bins.count.sum()
+        below.plot(bins.confidence, share, color=f"C{number}", marker="o", markersize=3.5)
+    axes.set_ylabel("share that is right")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.legend(frameon=False)
+    below.set_ylabel("share of items")
+    below.set_ylim(bottom=0)
+    below.set_xlabel("probability of the likeliest answer")
+    for part in (axes, below):
+        part.grid(alpha=0.25)
+        part.spines[["top", "right"]].set_visible(False)
     figure.savefig(png)
