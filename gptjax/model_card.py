@@ -78,7 +78,7 @@ def write_model_card(
         name: of the model; None is the run folder's.
         languages: of the data, as ISO 639 codes.
         datasets: names on the hub.
-        hardware: what it was trained on.
+        hardware: what it was trained on; None is the devices that the run tells.
         overwrite: whether a card that is there is replaced.
 
     Returns:
@@ -195,7 +195,7 @@ def _training(run: Path, config: dict[str, Any], hardware: str | None) -> str:
         "compute": UNKNOWN
         if flops is None
         else f"{flops:.3g} FLOPs, by 6 for each weight and token and attention over a full context",
-        "hardware": hardware or UNKNOWN,
+        "hardware": hardware or summary.get("devices", UNKNOWN),
         "time": UNKNOWN
         if seconds is None
         else f"{duration(seconds)} of training, "

@@ -383,7 +383,7 @@ def _preference(differences: np.ndarray) -> Preference:
     ties = np.abs(differences) < _TIE
     likelier = float(np.sum(differences[~ties] > 0) + ties.sum() / 2)
     # Wilson's interval is a function of the share, which ties may put between two counts.
-    low, high = accuracy_interval(likelier, len(differences))  # pyright: ignore[reportArgumentType]
+    low, high = accuracy_interval(likelier, len(differences))
     return Preference(
         share=likelier / len(differences),
         low=low,
