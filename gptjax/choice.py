@@ -16,8 +16,7 @@ from gptjax.errors import UserError, nearest
 from gptjax.generation import bucket, init_cache, prefill, slot_bucket
 from gptjax.model import Model, hidden_states, unembed
 from gptjax.params import Params
-from gptjax.text_generation import prompt_ids
-from gptjax.tokenizer import encode_prompt
+from gptjax.text_generation import prompt_ids, tokenizer_of
 
 Normalize = Literal["tokens", "none", "bytes"]
 
@@ -40,12 +39,8 @@ def choose(
 ) -> Choice:
     """Chooses among texts by their log-probability after a prompt, all scored in one batch.
 
-    Nothing is put between prompt and choice: begin a choice with the space that belongs there. Its
-    tokens are those that the encoding of prompt and choice together has after the encoding of the
-    prompt. Where the joint encoding does not begin with that of the prompt, because a token would
-    reach over the boundary, the choice is encoded by itself: the model then reads a division into
-    tokens that it has rarely seen, and a tokenizer that puts a space before every text (Llama 2's)
-    puts one before the choice.
+    Nothing is put between prompt and choice: begin a choice with the space that belongs there. For
+    its tokens see `continuation_ids`.
 
     Args:
         model: with a tokenizer.
@@ -63,20 +58,33 @@ def choose(
         raise UserError(f"choices is the text {choices!r}; give a list of texts")
     _check_normalize(normalize, get_args(Normalize))
     before = prompt_ids(model, prompt)
-    assert model.tokenizer is not None  # prompt_ids refuses a model without.
-    rows = []
-    for index, text in enumerate(choices):
-        whole = encode_prompt(model.tokenizer, prompt + text)
-        if whole[: len(before)] == before:
-            rows.append(whole[len(before) :])
-        else:
-            rows.append(model.tokenizer.encode(text))
-        if not rows[-1]:
+    rows = [continuation_ids(model, prompt, text) for text in choices]
+    for index, row in enumerate(rows):
+        if not row:
+            text = choices[index]
             raise UserError(f"choice {index} is {text!r}, which has no tokens; give some text")
     logprobs_N = _logprobs(model.params, before, rows, model.config)
     sizes = [len(text.encode()) for text in choices] if normalize == "bytes" else map(len, rows)
     choice = _chosen(logprobs_N, None if normalize == "none" else list(sizes))
     return choice._replace(text=choices[choice.index])
+
+
+def continuation_ids(model: Model, prompt: str, text: str) -> list[int]:
+    """The tokens of a text that goes on from a prompt, which is read as `prompt_ids`.
+
+    Those that the encoding of prompt and text together has after the encoding of the prompt. Where
+    the joint encoding does not begin with that of the prompt, because a token would reach over the
+    boundary, the text is encoded by itself: the model then reads a division into tokens that it has
+    rarely seen, and a tokenizer that puts a space before every text (Llama 2's) puts one before the
+    text.
+
+    Raises:
+        UserError: as `prompt_ids` does.
+    """
+    before = prompt_ids(model, prompt)
+    whole = prompt_ids(model, prompt + text)
+    begins_alike = whole[: len(before)] == before
+    return whole[len(before) :] if begins_alike else tokenizer_of(model).encode(text)
 
 
 def choose_ids(

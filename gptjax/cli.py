@@ -124,6 +124,40 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Evaluates a model on local files. Run again after a stop with the same --out, it goes on.
+
+    Attributes:
+        model: As for `gptjax generate`.
+        suite: One or more, with commas between, of: perplexity, hellaswag, multiple-choice,
+            lambada, generation, crows-pairs and winogender.
+        data: A file for each, in their order. perplexity: a text, or .jsonl with "text". hellaswag:
+            its .jsonl, or six lines a question. multiple-choice: .jsonl with "context", "choices"
+            and "label". lambada: a passage a line, or .jsonl with "text". generation: .jsonl with
+            "prompt" and "answers". crows-pairs and winogender: the file or folder they come as.
+        limit: How many items of each, the first ones; of perplexity, texts.
+        batch_size: The most rows that are read at once.
+        context: Of perplexity, the tokens that a window reads; the model's context by default.
+        stride: Of perplexity, the tokens from one window to the next; half of the context by
+            default.
+        max_new_tokens: Of generation, the most tokens of a completion.
+        out: A folder for a line an item, results.json and, of multiple choice, reliability.png.
+        json: Whether JSON is printed instead of a table.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    suite: str
+    data: tuple[Path, ...]
+    limit: int | None = None
+    batch_size: int = 8
+    context: int | None = None
+    stride: int | None = None
+    max_new_tokens: int = 32
+    out: Path | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class Convert:
     """Writes a model in Hugging Face's layout, which transformers and llama.cpp's tools open.
 
@@ -133,6 +167,7 @@ class Convert:
         dtype: float32, float16 or bfloat16; the dtype that the model came in by default.
         max_shard_size: The most that one file holds.
         overwrite: Whether a folder that is not empty may be written into.
+        adapter: Write what LoRA added alone, as an adapter that PEFT opens on the base model.
     """
 
     source: Annotated[str, tyro.conf.Positional]
@@ -140,6 +175,7 @@ class Convert:
     dtype: str | None = None
     max_shard_size: str = "5GB"
     overwrite: bool = False
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +232,139 @@ class Plan:
     compile: bool = True
     json: bool = False
     png: Path | None = None
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Writes the tokens of a text once, as shards that training scripts read with --data.
+
+    Attributes:
+        source: A file of .txt, .md, .jsonl (each also .gz or .zst) or .parquet, a folder or pattern
+            of such files, tfds:NAME, or embedded for the documentation inside Python.
+        destination: The folder to write.
+        tokenizer: bpe, which is trained on the text, characters, bytes, or a folder with
+            tokenizer.json, or with vocab.json and merges.txt.
+        bpe_vocab_size: How many tokens bpe learns.
+        validation_fraction: How much is held out, by document.
+        text_key: The field of a record that holds its text.
+        end_documents: Whether an end-of-text token follows each document.
+        shard_tokens: Tokens that fill a file.
+        workers: Processes that encode; by default one for each core.
+        overwrite: Whether shards that are in the destination already are replaced.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    destination: Annotated[Path, tyro.conf.Positional]
+    tokenizer: str = "bpe"
+    bpe_vocab_size: int = 1024
+    validation_fraction: float = 0.1
+    text_key: str = "text"
+    end_documents: bool = True
+    shard_tokens: int = 1 << 28
+    workers: int | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Languages:
+    """Tells how many tokens tokenizers need for each script of a text, on every tenth line of it.
+
+    Attributes:
+        source: The text, as for `gptjax tokenize`.
+        tokenizer: One or several to compare: bpe, which is trained on the other lines, bytes, a
+            folder with tokenizer.json or with vocab.json and merges.txt, or a run folder.
+        bpe_vocab_size: How many tokens bpe learns.
+        columns: Of lines with tabs, the columns to take, from 1; all by default.
+        text_key: The field of a record that holds its text.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    tokenizer: tuple[str, ...] = ("bpe", "bytes")
+    bpe_vocab_size: int = 4096
+    columns: tuple[int, ...] = ()
+    text_key: str = "text"
+
+
+@dataclass(frozen=True)
+class Memorization:
+    """Tells what a model repeats of the text it was trained on.
+
+    Attributes:
+        model: As for `gptjax generate`.
+        data: What it was trained on, as for `gptjax tokenize`, or token files; of a run folder what
+            the run names.
+        validation_fraction: How much of the data was held out; of a run folder what the run says.
+        samples: How many texts to draw and to look for in the training text.
+        max_new_tokens: The most tokens of each.
+        temperature: Divides the logits when they are drawn.
+        passages: How many passages of the training text, and of the held-out text, to begin.
+        prefix_length: Tokens of a passage that the model is given; by default 50, or half of a
+            smaller context.
+        continuation_length: Tokens that it is to reproduce; by default 50, or what is left.
+        seed: Of the draws.
+        out: A file of JSON to write the figures to, for `gptjax card`.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    data: str | None = None
+    validation_fraction: float | None = None
+    samples: int = 100
+    max_new_tokens: int = 200
+    temperature: float = 1.0
+    passages: int = 200
+    prefix_length: int | None = None
+    continuation_length: int | None = None
+    seed: int = 0
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """Tells which items of an evaluation set share words in a row with the training text.
+
+    Attributes:
+        train: The training text, as for `gptjax tokenize`.
+        eval: The evaluation set: records of .jsonl, .parquet or tfds:NAME, or the lines of any
+            other file.
+        n: How many words in a row.
+        train_key: The field of a training record that holds its text.
+        eval_key: The field of an evaluation record that holds its text.
+        out: A file of JSON to write the figures and all such items to, for `gptjax card`.
+    """
+
+    train: str
+    eval: str
+    n: int = 13
+    train_key: str = "text"
+    eval_key: str = "text"
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """Writes a model card of a run: Markdown with Hugging Face metadata.
+
+    Attributes:
+        run: The run folder.
+        destination: The file or folder to write; by default README.md in the run folder.
+        evaluations: Files of results, JSON, to list.
+        license: Of the weights, as the hub spells it, such as apache-2.0.
+        name: Of the model; by default the folder's.
+        languages: Of the data, as ISO 639 codes.
+        datasets: Names on the hub of what it was trained on.
+        hardware: What it was trained on; without it the devices that the run tells.
+        overwrite: Whether a card that is there is replaced.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    destination: Path | None = None
+    evaluations: tuple[Path, ...] = ()
+    license: str | None = None
+    name: str | None = None
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    hardware: str | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -363,8 +532,53 @@ def _text_of(settings: Score) -> str:
     return text
 
 
+def evaluate(settings: Evaluate) -> None:
+    """Prints the figures of suites, and writes what is asked for."""
+    import json
+
+    from gptjax.evaluation import suites
+    from gptjax.evaluation.results import print_estimates
+    from gptjax.pretrained.loading import load
+
+    names = settings.suite.split(",")
+    for name in names:
+        if name not in suites.SUITES:
+            raise UserError(f"unknown suite {name!r}{nearest(name, suites.SUITES)}")
+    if len(names) != len(settings.data):
+        raise UserError(
+            f"{len(names)} suites and {len(settings.data)} files; give --data one for each, in the "
+            "order of --suite"
+        )
+    if len(set(names)) != len(names):
+        raise UserError(f"--suite {settings.suite} has a suite twice; give each once")
+    missing = [path for path in settings.data if not path.expanduser().exists()]
+    if missing:
+        raise UserError(f"no file {missing[0]}; give --data what the suite reads")
+    options = suites.Options(
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+        context=settings.context,
+        stride=settings.stride,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    data = dict(zip(names, settings.data, strict=True))
+    model = load(settings.model)
+    results = suites.run_suites(model, data, options, out=settings.out, progress=not settings.json)
+    if settings.out is not None:
+        about = {"model": settings.model, "data": {name: str(path) for name, path in data.items()}}
+        suites.write_results(results, settings.out, **about)
+    if settings.json:
+        print(json.dumps(suites.results_to_json(results), indent=2))
+        return
+    print_estimates({result.suite: result.figures for result in results})
+    for result in results:
+        if result.report:
+            print(f"\n{result.suite}\n{result.report}")
+
+
 def convert(settings: Convert) -> None:
     """Loads a model and writes it."""
+    from gptjax.pretrained.adapter_files import save_adapter
     from gptjax.pretrained.huggingface import save_pretrained
     from gptjax.pretrained.loading import load
 
@@ -373,7 +587,11 @@ def convert(settings: Convert) -> None:
         raise UserError(f"{destination} is a file; give a folder")
     if destination.is_dir() and any(destination.iterdir()) and not settings.overwrite:
         raise UserError(f"{destination} is not empty; choose another folder, or --overwrite True")
-    model = load(settings.source)
+    model = load(settings.source, merge=not settings.adapter)
+    if settings.adapter:
+        save_adapter(model, destination)
+        print(f"what was added to the base of {settings.source} is written to {destination}")
+        return
     save_pretrained(
         model, destination, dtype=settings.dtype, max_shard_size=settings.max_shard_size
     )
@@ -456,6 +674,142 @@ def plan(settings: Plan) -> None:
         plot_memory(bars, best.chip_bytes, png)
 
 
+def tokenize(settings: Tokenize) -> None:
+    """Writes token shards and prints what they hold."""
+    from gptjax.data.tokenizing import tokenize
+
+    done = tokenize(
+        settings.source,
+        settings.destination,
+        tokenizer=settings.tokenizer,
+        vocab_size=settings.bpe_vocab_size if settings.tokenizer == "bpe" else None,
+        validation_fraction=settings.validation_fraction,
+        text_key=settings.text_key,
+        end_documents=settings.end_documents,
+        shard_tokens=settings.shard_tokens,
+        workers=settings.workers,
+        overwrite=settings.overwrite,
+    )
+    print(
+        f"{done.documents:,} documents are {done.tokens:,} tokens in {done.folder}: "
+        f"{done.tokens / done.text_bytes:.3f} tokens a byte, {done.text_bytes / 1e6:,.1f} MB at "
+        f"{done.text_bytes / 1e6 / done.seconds:.1f} MB/s with {done.workers} "
+        f"worker{'s' if done.workers > 1 else ''}"
+    )
+
+
+def languages(settings: Languages) -> None:
+    """Prints a table."""
+    from gptjax.data.languages import compare_tokenizers, print_scripts
+
+    results = compare_tokenizers(
+        settings.source,
+        settings.tokenizer,
+        bpe_vocab_size=settings.bpe_vocab_size,
+        columns=settings.columns,
+        text_key=settings.text_key,
+    )
+    print_scripts(results)
+
+
+def memorization(settings: Memorization) -> None:
+    """Prints overlaps of drawn texts, and how many passages are reproduced."""
+    import json
+
+    from gptjax.data import load_corpus
+    from gptjax.evaluation.memorization import (
+        MEMORIZATION_CAVEATS,
+        draw_texts,
+        memorization,
+        overlap_report,
+    )
+    from gptjax.pretrained.loading import load
+    from gptjax.text_generation import tokenizer_of
+
+    out = _writable(settings.out)
+    config = Path(settings.model).expanduser() / "config.json"
+    stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    run = stored.get("run", {})
+    data = settings.data or run.get("data")
+    if data is None:
+        raise UserError(f"{settings.model} does not tell its training text; give --data")
+    fraction = settings.validation_fraction or run.get("validation_fraction", 0.1)
+    model = load(settings.model)
+    tokenizer = tokenizer_of(model)
+    corpus = load_corpus(data, tokenizer=tokenizer, validation_fraction=fraction)
+    texts = draw_texts(
+        model,
+        settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=settings.seed,
+    )
+    report = overlap_report(texts, corpus.train, tokenizer)
+    print(report)
+    results: dict[str, Any] = {"overlap of generations": report.to_dict()}
+    for name, tokens in {"training text": corpus.train, "held-out text": corpus.validation}.items():
+        found = memorization(
+            model,
+            tokens,
+            prefix_length=settings.prefix_length,
+            continuation_length=settings.continuation_length,
+            count=settings.passages,
+            seed=settings.seed,
+        )
+        print(f"{name}: {found}")
+        results[f"memorization, {name}"] = found.to_dict()
+    for caveat in MEMORIZATION_CAVEATS:
+        print(f"note: {caveat}")
+    _write_results(out, results)
+
+
+def contamination(settings: Contamination) -> None:
+    """Prints how many items are in the training text, and the first of them."""
+    from gptjax.data import read_documents
+    from gptjax.evaluation.contamination import contamination, read_items
+
+    out = _writable(settings.out)
+    items = read_items(settings.eval, text_key=settings.eval_key)
+    training = read_documents(settings.train, text_key=settings.train_key)
+    found = contamination(training, items, n=settings.n)
+    print(found)
+    _write_results(out, {"contamination": found.to_dict()})
+
+
+def card(settings: Card) -> None:
+    """Writes the card and tells where it is."""
+    from gptjax.model_card import write_model_card
+
+    path = write_model_card(
+        settings.run,
+        settings.destination,
+        settings.evaluations,
+        settings.license,
+        name=settings.name,
+        languages=settings.languages,
+        datasets=settings.datasets,
+        hardware=settings.hardware,
+        overwrite=settings.overwrite,
+    )
+    print(f"the card is written to {path}")
+
+
+def _writable(path: Path | None) -> Path | None:
+    """A path to write results to, refused before the work rather than after."""
+    path = None if path is None else path.expanduser()
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"cannot write {path}; give --out a file in a folder that is there")
+    return path
+
+
+def _write_results(path: Path | None, results: dict[str, Any]) -> None:
+    import json
+
+    if path is not None:
+        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"the figures are written to {path}")
+
+
 def doctor(settings: Doctor) -> None:
     """Prints what `gptjax.doctor` finds."""
     from gptjax.doctor import examine
@@ -469,9 +823,15 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "batch": (Batch, batch, "Continue every prompt of a file."),
     "chat": (Chat, chat, "Talk with an instruction-tuned model."),
     "score": (Score, score, "Show where a model is unsure of a text."),
+    "evaluate": (Evaluate, evaluate, "Evaluate a model: perplexity, choices, bias and others."),
     "convert": (Convert, convert, "Write a model in Hugging Face's layout."),
     "verify": (Verify, verify, "Check a model, also against transformers."),
     "plan": (Plan, plan, "Tell whether a training run fits, and how long it takes."),
+    "tokenize": (Tokenize, tokenize, "Write the tokens of a text once, for training."),
+    "languages": (Languages, languages, "Tell how many tokens the scripts of a text need."),
+    "memorization": (Memorization, memorization, "Tell what a model repeats of its training text."),
+    "contamination": (Contamination, contamination, "Look for test items in the training text."),
+    "card": (Card, card, "Write a model card of a run."),
     "doctor": (Doctor, doctor, "Tell versions, devices, and what is missing."),
 }
 
@@ -489,7 +849,7 @@ def _main() -> None:
     if not args or args[0] in ("-h", "--help"):
         print("usage: gptjax COMMAND ...\n\ncommands (gptjax COMMAND --help tells more):")
         for name, (_, _, summary) in COMMANDS.items():
-            print(f"  {name:12}{summary}")
+            print(f"  {name:15}{summary}")
         return
     if args[0] not in COMMANDS:
         raise UserError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")

@@ -1,26 +1,29 @@
 """Files of prompts continued: JSON Lines in, JSON Lines out, and a stopped run goes on."""
 
 import codecs
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.batching import Completion, Request, complete, text_requests
-from gptjax.config import EXECUTION_FIELDS
 from gptjax.errors import UserError
 from gptjax.model import Model
-from gptjax.params import Params
 from gptjax.reporting import Progress, duration
+from gptjax.resumable import (
+    alone,
+    check_settings,
+    from_line,
+    model_settings,
+    to_line,
+    whole_lines,
+)
 from gptjax.sampling import Sampling
 from gptjax.text_generation import tokenizer_of
 
@@ -99,7 +102,7 @@ def generate_file(
     tokenizer_of(model)
     if destination.exists() and source.exists() and destination.samefile(source):
         raise UserError(f"{destination} is the file of the prompts; give another one to write")
-    with _alone(destination):
+    with alone(destination):
         done, end = _read_completions(destination)
         prompts = _check_prompts(source, sampling, done)
         if sampling.seeds is not None and len(sampling.seeds) != prompts:
@@ -108,7 +111,7 @@ def generate_file(
         found = complete(
             model, _requests(model, source, sampling, done), sampling, key, slots=slots
         )
-        _check_settings(destination, settings, is_begun=bool(done))
+        check_settings(destination, settings, is_begun=bool(done))
         total = prompts * sampling.num_samples
         with (
             destination.open("ab") as file,
@@ -118,7 +121,7 @@ def generate_file(
             file.truncate(end)
             added, tokens, start = 0, 0, time.monotonic()
             for request, completion in found:
-                file.write(_to_line(_record(request, completion, sampling)))
+                file.write(to_line(_record(request, completion, sampling)))
                 file.flush()
                 added, tokens = added + 1, tokens + len(completion.continuation.tokens)
                 seconds = time.monotonic() - start
@@ -147,7 +150,7 @@ def _read_prompts(source: Path, sampling: Sampling) -> Iterator[Line]:
             if not data.strip():
                 continue
             place = f"{source}:{number}"
-            record = _from_line(place, data)
+            record = from_line(place, data)
             taken = [name for name in ADDED if name in record]
             if taken:
                 raise UserError(
@@ -180,20 +183,12 @@ def _prompt_of(place: str, record: dict[str, Any]) -> str | list[dict[str, Any]]
 def _read_completions(destination: Path) -> tuple[Done, int]:
     """What is done, and the length of its lines, after which there may be a part of one."""
     done: Done = {}
-    end = 0
-    if not destination.exists():
-        return done, end
-    with destination.open("rb") as file:
-        for number, data in enumerate(file, 1):
-            if not data.endswith(b"\n"):
-                break
-            place = f"{destination}:{number}"
-            record = _from_line(place, data)
-            index, sample = record.get("index"), record.get("sample", 0)
-            if not (isinstance(index, int) and isinstance(sample, int) and "completion" in record):
-                raise UserError(f"{place} is no completion; give another file to write")
-            done[index, sample] = place, _fingerprint(record)
-            end += len(data)
+    lines, end = whole_lines(destination)
+    for place, record in lines:
+        index, sample = record.get("index"), record.get("sample", 0)
+        if not (isinstance(index, int) and isinstance(sample, int) and "completion" in record):
+            raise UserError(f"{place} is no completion; give another file to write")
+        done[index, sample] = place, _fingerprint(record)
     return done, end
 
 
@@ -247,102 +242,13 @@ def _record(request: Request, completion: Completion, sampling: Sampling) -> dic
     return record
 
 
-def _from_line(place: str, data: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 ({error.reason}); convert the file first") from error
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); give one object a line") from error
-    except RecursionError as error:
-        raise UserError(f"{place}: nested too deeply; give one object a line") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: a {type(record).__name__}; give one object a line")
-    return record
-
-
-def _to_line(record: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
-    except UnicodeEncodeError:
-        # Half a surrogate pair, which JSON can spell and UTF-8 cannot.
-        return json.dumps(record).encode("ascii") + b"\n"
-
-
 def _settings(model: Model, sampling: Sampling, key: jax.Array | None) -> dict[str, Any]:
     """All that completions depend on beside their prompts, as JSON has it."""
-    config = model.config.to_dict()
     key = jax.random.key(0) if key is None else key
     settings = {
-        "model": {name: config[name] for name in config if name not in EXECUTION_FIELDS},
-        "params": _params_fingerprint(model.params),
+        **model_settings(model),
         "stop_ids": model.stop_ids,
         "sampling": dataclasses.asdict(sampling),
         "key": np.asarray(jax.random.key_data(key)).tolist(),
     }
     return json.loads(json.dumps(settings))
-
-
-def _params_fingerprint(params: Params) -> str:
-    """A hash of some values of every parameter: enough to tell models apart, and soon computed."""
-    digest = hashlib.sha256()
-    for path, values in jax.tree_util.tree_leaves_with_path(_some_values(params)):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(values).tobytes())
-    return digest.hexdigest()
-
-
-@jax.jit
-def _some_values(params: Params) -> Params:
-    def some(x: jax.Array) -> jax.Array:
-        places = np.unravel_index(np.linspace(0, x.size - 1, num=64, dtype=np.int64), x.shape)
-        return x[places].astype(jnp.float32)
-
-    return jax.tree.map(some, params)
-
-
-def _check_settings(destination: Path, settings: dict[str, Any], *, is_begun: bool) -> None:
-    """Compares settings with those of a run that goes on, or writes those of a new one."""
-    path = destination.with_name(destination.name + ".settings.json")
-    if not is_begun:
-        # Replaced at once, so that a kill leaves a whole file.
-        unfinished = path.with_name(path.name + ".new")
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
-        return
-    way_out = "go on with the same settings, or give another file to write"
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{destination} has completions, but {path.name}, which tells what they were made "
-            "with, is missing; give another file to write"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); give another file to write") from error
-    for name, value in {**settings, **settings["sampling"]}.items():
-        old = before.get(name, before.get("sampling", {}).get(name))
-        if old == value or name == "sampling":
-            continue
-        if name in settings["sampling"]:
-            raise UserError(f"{destination} was made with {name} {old}, not {value}; {way_out}")
-        what = {"params": "another model", "model": "another model", "key": "another seed or key"}
-        raise UserError(f"{destination} was made with {what.get(name, name)}; {way_out}")
-
-
-@contextlib.contextmanager
-def _alone(destination: Path) -> Iterator[None]:
-    """Holds a lock beside the file, so that no two runs write to it."""
-    import filelock
-
-    lock = filelock.FileLock(destination.with_name(destination.name + ".lock"), timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(
-            f"{destination} is in use by another run; wait for it to end, or give another file"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -1,26 +1,17 @@
-"""How sure a model is of each token of a text: in numbers, on the terminal, and as a page of HTML.
-
-B rows, T tokens, N tokens of all rows, n of one block, V vocabulary, D model width.
-"""
+"""How sure a model is of each token of a text: in numbers, on the terminal, and as HTML."""
 
 import html
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.generation import bucket
-from gptjax.loss import LOGITS_AT_ONCE
-from gptjax.model import Model, hidden_states, unembed
-from gptjax.params import Params
+from gptjax.model import Model
 from gptjax.text_generation import prompt_ids
+from gptjax.token_scores import TokenScores, score_windows, windows
 from gptjax.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -101,8 +92,7 @@ def score(model: Model, texts: str | Sequence[str], *, batch_size: int = 8) -> l
     every text is in the first window only.
 
     Texts of any lengths share batches, and a result is that of the text alone, but for rounding.
-    Compiled once for each power of two that lengths and numbers of rows fit in. Softmax and entropy
-    are in float32, in blocks of tokens, so that logits of all tokens are never held.
+    How they are read and what is compiled is told at `score_windows`.
 
     Args:
         model: with a tokenizer.
@@ -119,8 +109,6 @@ def score(model: Model, texts: str | Sequence[str], *, batch_size: int = 8) -> l
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise UserError("this model has no tokenizer to score texts with; load one that has")
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; at least 1")
     config = model.config
     texts = [texts] if isinstance(texts, str) else list(texts)
     lead = prompt_ids(model, "")
@@ -130,16 +118,17 @@ def score(model: Model, texts: str | Sequence[str], *, batch_size: int = 8) -> l
         rows.append(np.array(lead + tokenizer.encode(text), np.int32))
         _check_ids(rows[-1], number, config.vocab_size)
 
-    by_length: dict[int, list[_Window]] = {}
-    for number, ids in enumerate(rows):
-        for window in _windows(number, len(ids), config.context_length):
-            length = bucket(window.end - window.start, config.context_length)
-            by_length.setdefault(length, []).append(window)
+    C = config.context_length
+    parts = [
+        window
+        for number, ids in enumerate(rows)
+        for window in windows(number, len(ids), C, max(C // 2, 1))
+    ]
     results = [_nothing(len(ids)) for ids in rows]
-    for length, windows in by_length.items():
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size]
-            _read(model, rows, batch, (bucket(len(batch), batch_size, least=1), length), results)
+    for index, read in score_windows(model.params, config, rows, parts, batch_size=batch_size):
+        row, _, end, first = parts[index]
+        for result, part in zip(results[row], read, strict=True):
+            result[first : end + 1] = part
 
     scores = []
     for number, (ids, values) in enumerate(zip(rows, results, strict=True)):
@@ -154,87 +143,10 @@ def score(model: Model, texts: str | Sequence[str], *, batch_size: int = 8) -> l
     return scores
 
 
-class _Window(NamedTuple):
-    """Tokens `[start, end)` of a row are read, and tokens `[first, end]` are scored by that."""
-
-    row: int
-    start: int
-    end: int
-    first: int
-
-
-class _Values(NamedTuple):
-    """Logarithms of probabilities, entropies and ranks of tokens."""
-
-    logprobs: np.ndarray
-    entropies: np.ndarray
-    ranks: np.ndarray
-
-
-def _nothing(length: int) -> _Values:
+def _nothing(length: int) -> TokenScores:
     """Values of tokens that have none yet."""
     unknown = np.full(length, np.nan, np.float32)
-    return _Values(unknown, unknown.copy(), np.full(length, -1, np.int32))
-
-
-def _windows(row: int, length: int, context: int) -> Iterator[_Window]:
-    """Windows that score every token of a row but its first."""
-    start, first = 0, 1
-    while first < length:
-        # The last token is only predicted, never read.
-        end = min(start + context, length - 1)
-        yield _Window(row, start, end, first)
-        start, first = start + max(context // 2, 1), end + 1
-
-
-def _read(
-    model: Model,
-    rows: list[np.ndarray],
-    windows: list[_Window],
-    shape: tuple[int, int],
-    results: list[_Values],
-) -> None:
-    """Reads windows as one batch, filled up to a shape `(B, T)`, and writes into the results."""
-    # Filled up at the end of rows, which nothing before it sees.
-    tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    for place, (row, start, end, _) in enumerate(windows):
-        tokens_BT[place, : end - start] = rows[row][start:end]
-        targets_BT[place, : end - start] = rows[row][start + 1 : end + 1]
-    block = max(LOGITS_AT_ONCE // model.config.vocab_size, 1)
-    read = jax.device_get(_scored(model.params, tokens_BT, targets_BT, model.config, block))
-    for place, (row, start, end, first) in enumerate(windows):
-        for result, part_BT in zip(results[row], read, strict=True):
-            result[first : end + 1] = part_BT[place, first - start - 1 : end - start]
-
-
-@partial(jax.jit, static_argnames=("config", "block"))
-def _scored(
-    params: Params, tokens_BT: jax.Array, targets_BT: jax.Array, config: ModelConfig, block: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities, entropies and ranks of targets, each `[B, T]`, by blocks of tokens."""
-    x_BTD, *_ = hidden_states(params, tokens_BT, config)
-    B, T, D = x_BTD.shape
-    blocks = math.ceil(B * T / block)
-    length = math.ceil(B * T / blocks)
-    fill = blocks * length - B * T
-    x_bnD = jnp.pad(x_BTD.reshape(-1, D), ((0, fill), (0, 0))).reshape(blocks, length, D)
-    targets_bn = jnp.pad(targets_BT.reshape(-1), (0, fill)).reshape(blocks, length)
-
-    def read(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x_nD, target_n = part
-        logits_nV = unembed(params, x_nD[None], config)[0]
-        logprobs_nV = jax.nn.log_softmax(logits_nV)
-        entropy_n = -jnp.sum(jnp.exp(logprobs_nV) * logprobs_nV, axis=-1)
-        # By logits: the logarithms of two probabilities may round to one number.
-        target_n1 = jnp.take_along_axis(logits_nV, target_n[:, None], axis=-1)
-        rank_n = jnp.sum(logits_nV > target_n1, axis=-1, dtype=jnp.int32)
-        logprob_n = jnp.take_along_axis(logprobs_nV, target_n[:, None], axis=-1)[:, 0]
-        return logprob_n, entropy_n, rank_n
-
-    logprob, entropy, rank = (
-        part.reshape(-1)[: B * T].reshape(B, T) for part in jax.lax.map(read, (x_bnD, targets_bn))
-    )
-    return logprob, entropy, rank
+    return TokenScores(unknown, unknown.copy(), np.full(length, -1, np.int32))
 
 
 def _pieces(tokenizer: Tokenizer, ids: np.ndarray) -> tuple[str, ...]:

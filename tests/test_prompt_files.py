@@ -35,8 +35,8 @@ import sys, time
 from test_prompt_files import SAMPLING, fixed_model
 from gptjax import prompt_files
 
-to_line = prompt_files._to_line
-prompt_files._to_line = lambda record: time.sleep(0.2) or to_line(record)
+to_line = prompt_files.to_line
+prompt_files.to_line = lambda record: time.sleep(0.2) or to_line(record)
 prompt_files.generate_file(fixed_model(), sys.argv[1], sys.argv[2], SAMPLING, slots=2)
 """
 
@@ -154,13 +154,13 @@ def test_each_line_is_there_as_soon_as_it_is_complete(
 ) -> None:
     destination = tmp_path / "out.jsonl"
     sizes = []
-    to_line: Callable[[dict[str, Any]], bytes] = prompt_files._to_line
+    to_line: Callable[[dict[str, Any]], bytes] = prompt_files.to_line
 
     def watched(record: dict[str, Any]) -> bytes:
         sizes.append(destination.read_bytes().count(b"\n"))
         return to_line(record)
 
-    monkeypatch.setattr(prompt_files, "_to_line", watched)
+    monkeypatch.setattr(prompt_files, "to_line", watched)
     generate_file(fixed_model(), source, destination, SAMPLING)
     assert sizes == list(range(8))
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from small_models import GPT2, MODERN, STYLES, random_params
 from small_tokenizers import chat_like, fuzzed, llama_like, random_unicode
 
-from gptjax import scoring
+from gptjax import scoring, token_scores
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import Model, forward
@@ -153,14 +153,17 @@ def test_long_texts_in_windows(config: ModelConfig, rng: np.random.Generator) ->
 
 def test_windows_score_every_token_once(rng: np.random.Generator) -> None:
     for context in (1, 2, 3, 8, int(rng.integers(4, 40))):
-        for length in range(0, 5 * context + 3):
-            windows = list(scoring._windows(0, length, context))
-            scored = [t for w in windows for t in range(w.first, w.end + 1)]
-            assert scored == list(range(1, length))
-            for window in windows:
-                assert 0 < window.end - window.start <= context
-                # As much context as half of the model's, or all there is.
-                assert window.start == 0 or window.first - window.start >= context // 2
+        for stride in {1, max(context // 2, 1), int(rng.integers(1, context + 1)), context}:
+            for length in range(0, 5 * context + 3):
+                windows = list(token_scores.windows(0, length, context, stride))
+                scored = [t for w in windows for t in range(w.first, w.end + 1)]
+                assert scored == list(range(1, length))
+                for number, window in enumerate(windows):
+                    assert window.start == number * stride
+                    assert 0 < window.end - window.start <= context
+                    # As much context as the stride leaves, or all there is.
+                    seen = window.first - window.start
+                    assert window.start == 0 or seen >= max(context - stride, 1)
 
 
 @STYLES
@@ -180,9 +183,9 @@ def test_what_fills_a_row_is_not_seen(
     model = model_of(MODERN.replace(context_length=64), ByteTokenizer(), rng)
     texts = [text_of(rng, int(length)) for length in rng.integers(1, 100, 4)]
     padded = score(model, texts)
-    monkeypatch.setattr(scoring, "bucket", lambda size, limit, least=1: limit)
+    monkeypatch.setattr(token_scores, "bucket", lambda size, limit, **_: limit)
     longest = score(model, texts)
-    monkeypatch.setattr(scoring, "bucket", lambda size, limit, least=1: size)
+    monkeypatch.setattr(token_scores, "bucket", lambda size, limit, **_: size)
     exact = [score(model, text, batch_size=1)[0] for text in texts]
     for one, two, three in zip(padded, longest, exact, strict=True):
         assert_same(one, two)
@@ -198,9 +201,10 @@ def test_blocks_of_logits_give_the_same(
     texts = [text_of(rng, int(length)) for length in rng.integers(2, 30, 3)]
     whole = score(model, texts)
     blocks = []
-    read = scoring._scored
-    monkeypatch.setattr(scoring, "_scored", lambda *args: (blocks.append(args[-1]), read(*args))[1])
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 31 * tokens)
+    read = token_scores._scored
+    watched = lambda *args: (blocks.append(args[-1]), read(*args))[1]
+    monkeypatch.setattr(token_scores, "_scored", watched)
+    monkeypatch.setattr(token_scores, "LOGITS_AT_ONCE", 31 * tokens)
     for one, other in zip(whole, score(model, texts), strict=True):
         assert_same(one, other)
     assert set(blocks) == {tokens}
@@ -209,8 +213,9 @@ def test_blocks_of_logits_give_the_same(
 def test_not_all_logits_are_held() -> None:
     config = GPT2.replace(vocab_size=50_000, context_length=64, embed_dim=8)
     params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    rows = jax.ShapeDtypeStruct((8, 64), jnp.int32)
-    compiled = scoring._scored.lower(params, rows, rows, config, 16).compile()
+    rows, flat = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8, 64), (512,)))
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = token_scores._scored.lower(params, rows, flat, flat, count, config, 16).compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
         pytest.skip("this backend does not tell how much memory a program takes")
@@ -221,15 +226,15 @@ def test_few_compilations(rng: np.random.Generator) -> None:
     config = GPT2.replace(context_length=64, num_layers=1)
     model = model_of(config, ByteTokenizer(), rng)
     texts = [text_of(rng, int(length)) for length in rng.integers(0, 200, 30)]
-    before = scoring._scored._cache_size()
+    before = token_scores._scored._cache_size()
     for text in texts:
         score(model, text, batch_size=1)
-    # Rows of 16, 32 and 64 tokens.
-    assert scoring._scored._cache_size() - before <= 3
+    # Rows of 16, 32, 48 and 64 tokens.
+    assert token_scores._scored._cache_size() - before <= 4
     score(model, texts, batch_size=4)
     score(model, texts[:9], batch_size=4)
     # Of each of them 1, 2 and 4.
-    assert scoring._scored._cache_size() - before <= 9
+    assert token_scores._scored._cache_size() - before <= 12
 
 
 def test_transformers_agrees(tmp_path: Path, rng: np.random.Generator) -> None:
