@@ -53,25 +53,56 @@ _HOMES = {
     "choose": "gptjax.choice",
     "Score": "gptjax.scoring",
     "score": "gptjax.scoring",
+    "DPO": "gptjax.preferences",
+    "PreferenceLoader": "gptjax.preferences",
+    "Preference": "gptjax.preferences",
+    "LoRA": "gptjax.adapters",
+    "Only": "gptjax.adapters",
+    "merge_params": "gptjax.adapters",
+    "load_adapter": "gptjax.pretrained.adapter_files",
+    "save_adapter": "gptjax.pretrained.adapter_files",
+    "tokenize": "gptjax.data.tokenizing",
+    "open_token_shards": "gptjax.data.token_shards",
+    "verify_token_shards": "gptjax.data.token_shards",
+    "evaluate_pairs": "gptjax.evaluation.bias",
+    "longest_overlaps": "gptjax.evaluation.memorization",
+    "tokens_by_script": "gptjax.data.languages",
+    "write_model_card": "gptjax.model_card",
+    "Loglikelihood": "gptjax.evaluation.loglikelihood",
+    "loglikelihoods": "gptjax.evaluation.loglikelihood",
+    "Estimate": "gptjax.evaluation.results",
+    "run_suites": "gptjax.evaluation.suites",
     "load": "gptjax.pretrained.loading",
     "save_pretrained": "gptjax.pretrained.huggingface",
 }
 
 if TYPE_CHECKING:
+    from gptjax.adapters import LoRA, Only, merge_params
     from gptjax.batching import Completion, generate_queue, generate_texts
     from gptjax.beams import beam_search
     from gptjax.choice import choose
     from gptjax.config import ModelConfig, preset
     from gptjax.constrained import ConstrainedText, JSONSchema, Regex, generate_constrained
+    from gptjax.data.languages import tokens_by_script
+    from gptjax.data.token_shards import open_token_shards, verify_token_shards
+    from gptjax.data.tokenizing import tokenize
     from gptjax.errors import UserError
+    from gptjax.evaluation.bias import evaluate_pairs
+    from gptjax.evaluation.loglikelihood import Loglikelihood, loglikelihoods
+    from gptjax.evaluation.memorization import longest_overlaps
+    from gptjax.evaluation.results import Estimate
+    from gptjax.evaluation.suites import run_suites
     from gptjax.fitting import FitResult, fit
     from gptjax.generation import Continuation, generate, generate_continuations
     from gptjax.layouts import decoding_params, quantize
     from gptjax.loss import LossOptions, loss_fn
     from gptjax.model import Model, forward
+    from gptjax.model_card import write_model_card
     from gptjax.optimizer import OptimizerConfig, make_optimizer
     from gptjax.params import count_params, init_params, param_specs
     from gptjax.planning import Plan, choose_mesh, plan
+    from gptjax.preferences import DPO, Preference, PreferenceLoader
+    from gptjax.pretrained.adapter_files import load_adapter, save_adapter
     from gptjax.pretrained.huggingface import save_pretrained
     from gptjax.pretrained.loading import load
     from gptjax.prompt_files import generate_file
@@ -83,17 +114,24 @@ if TYPE_CHECKING:
     from gptjax.training import TrainState, init_state, make_train_step
 
 __all__ = [
+    "DPO",
     "Completion",
     "ConstrainedText",
     "Continuation",
     "DraftModel",
+    "Estimate",
     "FitResult",
     "JSONSchema",
+    "LoRA",
+    "Loglikelihood",
     "LossOptions",
     "Model",
     "ModelConfig",
+    "Only",
     "OptimizerConfig",
     "Plan",
+    "Preference",
+    "PreferenceLoader",
     "PromptLookup",
     "Regex",
     "Sampling",
@@ -105,6 +143,7 @@ __all__ = [
     "choose_mesh",
     "count_params",
     "decoding_params",
+    "evaluate_pairs",
     "fit",
     "forward",
     "generate",
@@ -118,18 +157,29 @@ __all__ = [
     "init_params",
     "init_state",
     "load",
+    "load_adapter",
+    "loglikelihoods",
+    "longest_overlaps",
     "loss_fn",
     "make_mesh",
     "make_optimizer",
     "make_train_step",
+    "merge_params",
+    "open_token_shards",
     "param_specs",
     "parse_mesh",
     "plan",
     "preset",
     "quantize",
+    "run_suites",
+    "save_adapter",
     "save_pretrained",
     "score",
     "stream_text",
+    "tokenize",
+    "tokens_by_script",
+    "verify_token_shards",
+    "write_model_card",
 ]
 
 

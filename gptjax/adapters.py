@@ -37,7 +37,7 @@ class LoRA:
     Attributes:
         rank: of the additions.
         alpha: scales them, by alpha / rank.
-        targets: patterns (as of `fnmatch`) of the dotted paths of matrices, such as
+        targets: patterns (as of `fnmatch`) of the dotted paths of the blocks' matrices, such as
             "blocks.attention.*" or "blocks.mlp.down".
     """
 
@@ -98,7 +98,7 @@ def trainable_specs(config: ModelConfig, trainable: Trainable | None) -> Params:
     *outputs]`, in the place of the kernel.
 
     Raises:
-        UserError: if a pattern matches nothing, or one of `LoRA` what is no matrix.
+        UserError: if a pattern matches nothing, or one of `LoRA` no matrix of the blocks.
     """
     if trainable is None:
         return param_specs(config)
@@ -106,14 +106,9 @@ def trainable_specs(config: ModelConfig, trainable: Trainable | None) -> Params:
     if isinstance(trainable, Only):
         return nested({path: specs[path] for path in _matching(trainable.patterns, specs)})
     chosen: dict[str, ParamSpec] = {}
-    for path in _matching(trainable.targets, specs):
-        spec = specs[path]
-        if spec.kind != "matrix":
-            matrices = [name for name, other in specs.items() if other.kind == "matrix"]
-            raise UserError(
-                f"target {path!r} of LoRA is no matrix of the blocks; those are "
-                f"{', '.join(matrices)}"
-            )
+    matrices = {path: spec for path, spec in specs.items() if spec.kind == "matrix"}
+    for path in _matching(trainable.targets, matrices):
+        spec = matrices[path]
         inputs = spec.stack + spec.fan_in
         stack = spec.shape[: spec.stack], spec.axes[: spec.stack]
         # The spread of PyTorch's linear layers, which PEFT starts from.
@@ -263,5 +258,5 @@ def _matching(patterns: tuple[str, ...], specs: dict[str, Any]) -> list[str]:
         raise UserError(f"there are no patterns; give some of {', '.join(specs)}")
     for pattern in patterns:
         if not fnmatch.filter(specs, pattern):
-            raise UserError(f"no parameter matches {pattern!r}{nearest(pattern, list(specs))}")
+            raise UserError(f"nothing to train matches {pattern!r}{nearest(pattern, list(specs))}")
     return [p for p in specs if any(fnmatch.fnmatchcase(p, pattern) for pattern in patterns)]
