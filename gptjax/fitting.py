@@ -359,7 +359,9 @@ class _Run:
             compiled = step_function.lower(state, batch).compile()
             self.compile_seconds += time.perf_counter() - begin
         self.peak_bytes = devices.peak_bytes(compiled)
-        meter = _Meter(self.config, self.mesh, self.trainable)
+        # Of preferences both answers; whether or not a token counts as a target, it is computed.
+        places = sum(x.size for name, x in batch.items() if name.endswith("tokens"))
+        meter = _Meter(self.config, self.mesh, self.trainable, places)
         pending: dict[str, jax.Array] | None = None
         stopped = hosts.StopVote()
         while self.step < self.steps and not stopped(stop.asked):
@@ -413,7 +415,7 @@ class _Run:
         """Fetches one step's metrics, waits for them, checks and writes them."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.tokens += values["tokens"]
-        rate = meter.count(values["tokens"])
+        rate = meter.count()
         row = {name: value for name, value in values.items() if name != "skipped"}
         if self.schedule is not None:
             row["learning_rate"] = float(self.schedule(step - 1))
@@ -425,7 +427,7 @@ class _Run:
             log.write(step, row)
         text = f"loss {row['loss']:.4f}"
         if rate is not None:
-            left = (self.steps - step) * values["tokens"] / rate if rate else 0
+            left = (self.steps - step) * meter.tokens_per_step / rate if rate else 0
             text += f"  {quantity(rate)} tok/s  MFU {100 * row['mfu']:.0f} %  {duration(left)} left"
         shown.update(step, text)
 
@@ -585,7 +587,14 @@ class _Run:
 class _Meter:
     """Tokens a second since the last pause, and what share of the chips' matrix rate that is."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh | None, trainable: Trainable | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh | None,
+        trainable: Trainable | None,
+        tokens_per_step: int,
+    ):
+        self.tokens_per_step = tokens_per_step
         self._flops = flops_per_token(config)
         if isinstance(trainable, LoRA):
             # Of three products with each kernel, its gradient is not computed.
@@ -600,11 +609,11 @@ class _Meter:
         self.restart()
 
     def restart(self) -> None:
-        self._tokens, self._start = 0.0, time.perf_counter()
+        self._tokens, self._start = 0, time.perf_counter()
 
-    def count(self, tokens: float) -> float | None:
+    def count(self) -> float | None:
         """Counts a step that is done; the rate, once it means something."""
-        self._tokens += tokens
+        self._tokens += self.tokens_per_step
         seconds = time.perf_counter() - self._start
         return self._tokens / seconds if seconds > 0 else None
 

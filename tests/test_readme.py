@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-PRETRAINED, EXAMPLE, CORES, MESHES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+PRETRAINED, EXAMPLE, FINETUNING, CORES, MESHES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,14 +47,25 @@ def test_a_mesh_by_its_name():
     assert found.stdout.split() == ["8", "8"]
 
 
-def test_three_lines_with_a_model_of_the_hub(tmp_path: Path, rng: np.random.Generator):
-    """Its place is taken by a small one of random weights, in the hub's cache."""
+def hub(tmp_path: Path, rng: np.random.Generator) -> dict[str, str]:
+    """Puts a small model of random weights in GPT-2's place, in the hub's cache."""
     tokenizer = BPETokenizer.train(["I love programming, and programming loves me"], 280)
     config = ModelConfig(vocab_size=280, num_layers=1, embed_dim=16, num_heads=2)
     model = Model(config, random_params(config, rng), tokenizer)
     save_pretrained(model, tmp_path / "model")
     lay_out_cache("openai-community/gpt2", tmp_path / "model", tmp_path / "home")
-    run(PRETRAINED, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    return {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+
+
+def test_three_lines_with_a_model_of_the_hub(tmp_path: Path, rng: np.random.Generator):
+    run(PRETRAINED, **hub(tmp_path, rng))
+
+
+def test_a_model_of_the_hub_is_fine_tuned(tmp_path: Path, rng: np.random.Generator):
+    out = str(tmp_path / "run")
+    load = f"\nprint(gptjax.load({out!r}).config.num_layers, result.summary['steps'])"
+    found = run(FINETUNING.replace("runs/mine", out) + load, **hub(tmp_path, rng))
+    assert found.stdout.split()[-2:] == ["1", "20"]
 
 
 def test_the_example_runs():
