@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-PRETRAINED, EXAMPLE, FINETUNING, CORES, MESHES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+PRETRAINED, EXAMPLE, FINETUNING, CORES, MESHES = re.findall(
+    r"^```python\n(.*?)^```", README, re.M | re.S
+)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
