@@ -17,6 +17,7 @@ from gptjax.generation import bucket, init_cache, prefill, slot_bucket
 from gptjax.model import Model, hidden_states, unembed
 from gptjax.params import Params
 from gptjax.text_generation import prompt_ids, tokenizer_of
+from gptjax.tokenizer import encode_pair
 
 Normalize = Literal["tokens", "none", "bytes"]
 
@@ -70,21 +71,8 @@ def choose(
 
 
 def continuation_ids(model: Model, prompt: str, text: str) -> list[int]:
-    """The tokens of a text that goes on from a prompt, which is read as `prompt_ids`.
-
-    Those that the encoding of prompt and text together has after the encoding of the prompt. Where
-    the joint encoding does not begin with that of the prompt, because a token would reach over the
-    boundary, the text is encoded by itself: the model then reads a division into tokens that it has
-    rarely seen, and a tokenizer that puts a space before every text (Llama 2's) puts one before the
-    text.
-
-    Raises:
-        UserError: as `prompt_ids` does.
-    """
-    before = prompt_ids(model, prompt)
-    whole = prompt_ids(model, prompt + text)
-    begins_alike = whole[: len(before)] == before
-    return whole[len(before) :] if begins_alike else tokenizer_of(model).encode(text)
+    """The tokens of a text that goes on from a prompt, see `tokenizer.encode_pair`."""
+    return encode_pair(tokenizer_of(model), prompt, text)[1]
 
 
 def choose_ids(

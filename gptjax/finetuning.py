@@ -14,7 +14,7 @@ import numpy as np
 from gptjax.adapters import LoRA
 from gptjax.batching import generate_texts
 from gptjax.config import ModelConfig, preset
-from gptjax.data.examples import encode_chat_example, encode_example, encode_pair
+from gptjax.data.examples import encode_chat_example, encode_example
 from gptjax.data.loader import Batch, Loader
 from gptjax.data.packing import Example, PackedLoader, packed_batches
 from gptjax.doctor import require_platform
@@ -33,7 +33,13 @@ from gptjax.sampling import Sampling
 from gptjax.sharding import data_mesh, parse_mesh
 from gptjax.tasks import Item, Message, Task, hold_out
 from gptjax.text_generation import chat_ids, prompt_ids, tokenizer_of
-from gptjax.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from gptjax.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    encode_pair,
+)
 
 SCRATCH = "scratch"
 _SMALL = preset("char-gpt").replace(vocab_size=1)

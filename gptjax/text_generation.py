@@ -10,7 +10,7 @@ from gptjax.generation import generate, stream
 from gptjax.model import Model
 from gptjax.sampling import Sampling
 from gptjax.speculation import Speculation
-from gptjax.tokenizer import BPETokenizer, StreamDecoder, Tokenizer, encode_prompt
+from gptjax.tokenizer import BPETokenizer, StreamDecoder, Tokenizer, encode_start
 
 
 def generate_text(
@@ -209,8 +209,7 @@ def prompt_ids(model: Model, text: str) -> list[int]:
         raise UserError(
             f"the text is not UTF-8 at character {error.start}; convert it to UTF-8"
         ) from error
-    starts = [start for start in (tokenizer.bos_id, tokenizer.eos_id) if start is not None]
-    return encode_prompt(tokenizer, text) or starts[:1]
+    return encode_start(tokenizer, text)
 
 
 def tokenizer_of(model: Model) -> Tokenizer:

@@ -505,6 +505,29 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text)
 
 
+def encode_start(tokenizer: Tokenizer, text: str) -> list[int]:
+    """As `encode_prompt`; what comes to nothing is the token that begins a text, or that ends one.
+
+    Empty only where the tokenizer has neither.
+    """
+    starts = [start for start in (tokenizer.bos_id, tokenizer.eos_id) if start is not None]
+    return encode_prompt(tokenizer, text) or starts[:1]
+
+
+def encode_pair(tokenizer: Tokenizer, prompt: str, text: str) -> tuple[list[int], list[int]]:
+    """The ids of a prompt, and those of a text that goes on from it.
+
+    A model that goes on has read the prompt's own ids, so a token must not reach over the boundary,
+    in training as little as in evaluation. The text's ids are those by which the encoding of both
+    together is longer. Where that does not begin with the prompt's, the text is encoded by itself:
+    the model then reads a division into tokens that it has rarely seen, and a tokenizer that puts a
+    space before every text (Llama 2's) puts one before this.
+    """
+    before, whole = encode_start(tokenizer, prompt), encode_prompt(tokenizer, prompt + text)
+    is_prefix = whole[: len(before)] == before
+    return before, whole[len(before) :] if is_prefix else tokenizer.encode(text)
+
+
 class StreamDecoder:
     """Decodes ids one by one, never half a character; all it returns joined is the whole text.
 

@@ -23,7 +23,7 @@ from gptjax.data.sources import (
     tfds_records,
 )
 from gptjax.errors import UserError
-from gptjax.tokenizer import BPETokenizer, StreamDecoder, Tokenizer, encode_prompt
+from gptjax.tokenizer import BPETokenizer, StreamDecoder, Tokenizer, encode_pair
 
 Record = dict[str, Any]
 RECORD_SUFFIXES = (".jsonl", ".json", ".tsv", ".txt", ".csv", ".parquet")
@@ -100,9 +100,9 @@ def encode_example(
 ) -> Example:
     """A prompt and its completion as token ids, of which the completion's are to be learned.
 
-    The prompt's ids are those of the prompt alone, for these are what `generate_text` begins from;
-    see `encode_pair`. Begin a completion with the white space that belongs between the two, and end
-    no prompt with it.
+    The prompt's ids are those of the prompt alone, for these are what `generate_text` begins from
+    (`tokenizer.encode_pair`). Begin a completion with the white space that belongs between the two,
+    and end no prompt with it.
 
     Args:
         tokenizer: of the model.
@@ -123,22 +123,6 @@ def encode_example(
     if eos and tokenizer.eos_id is not None:
         after = [*after, tokenizer.eos_id]
     return _example(before + after, [prompt_weight] * len(before) + [1.0] * len(after))
-
-
-def encode_pair(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """The ids of a prompt, and those that a completion adds.
-
-    A model that answers has read the prompt's own ids, so a token must not reach over the boundary,
-    in training as little as in evaluation. The completion's ids are those by which the encoding of
-    both together is longer; where that does not begin with the prompt's, the completion's by
-    itself.
-    """
-    before = encode_prompt(tokenizer, prompt)
-    whole = encode_prompt(tokenizer, prompt + completion)
-    is_prefix = whole[: len(before)] == before
-    after = whole[len(before) :] if is_prefix else tokenizer.encode(completion)
-    starts = [start for start in (tokenizer.bos_id, tokenizer.eos_id) if start is not None]
-    return before or starts[:1], after
 
 
 def encode_chat_example(
