@@ -539,8 +539,9 @@ def evaluate(settings: Evaluate) -> None:
     from gptjax.evaluation import suites
     from gptjax.evaluation.results import print_estimates
     from gptjax.pretrained.loading import load
+    from gptjax.resumable import params_fingerprint
 
-    names = settings.suite.split(",")
+    names = [name.strip() for name in settings.suite.split(",")]
     for name in names:
         if name not in suites.SUITES:
             raise UserError(f"unknown suite {name!r}{nearest(name, suites.SUITES)}")
@@ -565,7 +566,7 @@ def evaluate(settings: Evaluate) -> None:
     model = load(settings.model)
     results = suites.run_suites(model, data, options, out=settings.out, progress=not settings.json)
     if settings.out is not None:
-        about = {"model": settings.model, "data": {name: str(path) for name, path in data.items()}}
+        about = {"model": settings.model, "params": params_fingerprint(model.params)}
         suites.write_results(results, settings.out, **about)
     if settings.json:
         print(json.dumps(suites.results_to_json(results), indent=2))
@@ -733,7 +734,13 @@ def memorization(settings: Memorization) -> None:
     data = settings.data or run.get("data")
     if data is None:
         raise UserError(f"{settings.model} does not tell its training text; give --data")
-    fraction = settings.validation_fraction or run.get("validation_fraction", 0.1)
+    fraction = settings.validation_fraction
+    if fraction is None and "task" in run:
+        raise UserError(
+            f"{settings.model} was fine-tuned on items of its own choice; give --data, a text, and "
+            "--validation-fraction, the share of it that was held out"
+        )
+    fraction = run.get("validation_fraction", 0.1) if fraction is None else fraction
     model = load(settings.model)
     tokenizer = tokenizer_of(model)
     corpus = load_corpus(data, tokenizer=tokenizer, validation_fraction=fraction)
@@ -748,14 +755,19 @@ def memorization(settings: Memorization) -> None:
     print(report)
     results: dict[str, Any] = {"overlap of generations": report.to_dict()}
     for name, tokens in {"training text": corpus.train, "held-out text": corpus.validation}.items():
-        found = memorization(
-            model,
-            tokens,
-            prefix_length=settings.prefix_length,
-            continuation_length=settings.continuation_length,
-            count=settings.passages,
-            seed=settings.seed,
-        )
+        try:
+            found = memorization(
+                model,
+                tokens,
+                prefix_length=settings.prefix_length,
+                continuation_length=settings.continuation_length,
+                count=settings.passages,
+                seed=settings.seed,
+            )
+        except UserError as error:
+            # Held-out text may be too short for a passage, and the rest is still worth telling.
+            print(f"{name}: {error}")
+            continue
         print(f"{name}: {found}")
         results[f"memorization, {name}"] = found.to_dict()
     for caveat in MEMORIZATION_CAVEATS:

@@ -1,6 +1,7 @@
 """Fine-tuning for a task: measured without examples, with some in the prompt, and fine-tuned."""
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -181,11 +182,13 @@ class Measured:
             second.
         losses: of each item, in nats a token.
         answers: of each item; None where it was not asked.
+        shots: how many examples each prompt had: all that fit the model's context.
     """
 
     estimates: dict[str, Estimate]
     losses: list[float]
     answers: list[str | None]
+    shots: list[int]
 
 
 def finetune(settings: FineTuning, task: Task) -> dict[str, Measured]:
@@ -340,7 +343,8 @@ def measure(
         right = [mine[0] < other[0] for mine, other in zip(losses, against, strict=True)]
         estimates["accuracy"] = mean([float(one) for one in right])
     estimates["loss"] = ratio([nll for nll, _ in losses], [count for _, count in losses])
-    return Measured(estimates, [nll / count for nll, count in losses], answers)
+    shots_used = [len(examples) for examples in given]
+    return Measured(estimates, [nll / count for nll, count in losses], answers, shots_used)
 
 
 def _train(
@@ -381,7 +385,8 @@ def _train(
         checkpoint_every=settings.checkpoint_every or quarter,
         sample_prompt=_spelled(validation[0], ()),
         sampling=Sampling(max_new_tokens=task.max_new_tokens, temperature=0.0, overflow="slide"),
-        settings={name: getattr(settings, name) for name in _SAME_RUN} | {"task": task.name},
+        settings={name: getattr(settings, name) for name in _SAME_RUN}
+        | {"task": task.name, "task_sha256": _task_hash(task)},
     )
     if not result.finished:
         return None
@@ -451,6 +456,15 @@ def _rejected(item: Item) -> Item:
     return dataclasses.replace(item, answers=item.answers[1:])
 
 
+def _task_hash(task: Task) -> str:
+    """Of what is learned and measured: a run that goes on must not have learned anything else."""
+    items = [
+        [item.prompt, item.answers, item.group] for side in (task.train, task.test) for item in side
+    ]
+    text = json.dumps([items, len(task.train), task.labels, task.stop])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _lora(settings: FineTuning) -> LoRA | None:
     if not settings.lora_rank:
         return None
@@ -466,7 +480,10 @@ _SAME_RUN = (
 def _fits(model: Model, task: Task, item: Item, shots: Sequence[Item]) -> bool:
     """Whether a question fits the model's context, with the right answer and with any other."""
     tokenizer = tokenizer_of(model)
-    tokens = len(encode_item(tokenizer, task, item, shots).tokens)
+    # Where answers are generated and compared, the first is read alone.
+    read = task.labels or (item.answers[:1] if task.metrics else item.answers)
+    answered = [dataclasses.replace(item, answers=(text,)) for text in read]
+    tokens = max(len(encode_item(tokenizer, task, one, shots).tokens) for one in answered)
     if not task.labels:
         prompt = ask(tokenizer, item, shots)
         read = prompt_ids(model, prompt) if isinstance(prompt, str) else chat_ids(model, prompt)
@@ -561,7 +578,7 @@ def _report(
     print(
         f"{len(items)} test items"
         + (f" ({left_out} more are longer than the model's context)" if left_out else "")
-        + f", {settings.few_shot} examples few-shot; ± is the standard error"
+        + f", {_told_shots(measured)} few-shot; ± is the standard error"
         + (", brackets are 95 % intervals (Wilson)" if "accuracy" in names else "")
     )
     for place, item in enumerate(items[: settings.show]):
@@ -574,6 +591,7 @@ def _report(
         "settings": dataclasses.asdict(settings),
         "items": len(items),
         "left_out": left_out,
+        "few_shot_examples": float(np.mean(measured["few-shot"].shots)),
         "results": to_json(estimates),
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -584,6 +602,15 @@ def _report(
                 line[way] = {"answer": found.answers[place], "loss": found.losses[place]}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"\nfigures: {out / 'results.json'}, answers: {out / 'items.jsonl'}")
+
+
+def _told_shots(measured: Mapping[str, Measured]) -> str:
+    """How many examples few-shot prompts had."""
+    counts = measured["few-shot"].shots
+    least, most = min(counts), max(counts)
+    if least == most:
+        return f"{most} examples"
+    return f"{least} to {most} examples ({np.mean(counts):.1f} on average, as many as fit)"
 
 
 def _cell(name: str, estimate: Estimate) -> str:

@@ -195,9 +195,10 @@ def fit(
         identity["run"] |= {
             "trainable": trainable_to_dict(trainable),
             "frozen_sha256": params_sha256(frozen or {}),
+            "frozen_dtype": str(jax.tree.leaves(frozen)[0].dtype) if frozen else None,
         }
     if objective is not loss_sums:
-        identity["run"]["objective"] = repr(objective)
+        identity["run"]["objective"] = _named(objective)
     identity = json.loads(json.dumps(identity))
     eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
     data = DataPosition(train_data)
@@ -252,6 +253,8 @@ def fit(
         if mesh is not None:
             rows, length = first["tokens"].shape
             sharding.check_batch(rows, length, mesh, accumulate)
+        # Of preferences both answers; whether or not a token counts as a target, it is read.
+        run.tokens_per_step = sum(x.size for name, x in first.items() if name.endswith("tokens"))
         run.sample_prompt = run.choose_prompt(sample_prompt, first)
         kept: dict[str, Any] = {"ema": run.use_ema, "trainable": trainable}
         state = run.restore(abstract_state(config, transformation, mesh, **kept))
@@ -312,6 +315,7 @@ class _Run:
     trainable: Trainable | None
     base: str | None
     sample_prompt: str | None = None
+    tokens_per_step: int = 0
     step: int = 0
     tokens: float = 0.0
     train_seconds: float = 0.0
@@ -359,9 +363,7 @@ class _Run:
             compiled = step_function.lower(state, batch).compile()
             self.compile_seconds += time.perf_counter() - begin
         self.peak_bytes = devices.peak_bytes(compiled)
-        # Of preferences both answers; whether or not a token counts as a target, it is computed.
-        places = sum(x.size for name, x in batch.items() if name.endswith("tokens"))
-        meter = _Meter(self.config, self.mesh, self.trainable, places)
+        meter = _Meter(self.config, self.mesh, self.trainable, self.tokens_per_step)
         pending: dict[str, jax.Array] | None = None
         stopped = hosts.StopVote()
         while self.step < self.steps and not stopped(stop.asked):
@@ -467,7 +469,8 @@ class _Run:
         if self.eval_data is None:
             return False
         begin = time.perf_counter()
-        self.val_loss = evaluate_loss(self.use_params(state), self.eval_data, self.eval_step)
+        params = self.joined_params(state)
+        self.val_loss = evaluate_loss(params, self.eval_data, self.eval_step)
         improved = self.best_val_loss is None or self.val_loss < self.best_val_loss
         if improved:
             self.best_val_loss = self.val_loss
@@ -482,7 +485,7 @@ class _Run:
         """Appends a continuation of the prompt to samples.txt."""
         if self.tokenizer is None or self.sample_prompt is None:
             return
-        model = Model(self.config, self.use_params(state), self.tokenizer)
+        model = Model(self.config, self.joined_params(state), self.tokenizer)
         key = jax.random.fold_in(jax.random.key(0), self.step)
         self.last_sample = (
             self.sample_prompt + generate_text(model, self.sample_prompt, self.sampling, key)[0]
@@ -517,6 +520,7 @@ class _Run:
             "best_val_loss": self.best_val_loss,
             "steps": self.step,
             "tokens": int(self.tokens),
+            "tokens_read": self.tokens_per_step * self.step,
             "params": count_params(self.config),
             "params_sha256": params_sha256(state.params),
             "compile_seconds": round(self.compile_seconds, 3),
@@ -553,7 +557,7 @@ class _Run:
     def result(self, state: TrainState, finished: bool, summary: dict[str, Any]) -> FitResult:
         return FitResult(
             state=state,
-            params=self.use_params(state),
+            params=merge_params(self.joined_params(state)),
             val_loss=self.val_loss,
             best_val_loss=self.best_val_loss,
             finished=finished,
@@ -561,9 +565,10 @@ class _Run:
             out=self.out,
         )
 
-    def use_params(self, state: TrainState) -> Params:
+    def joined_params(self, state: TrainState) -> Params:
+        """The parameters to use, whole; additions of LoRA as they are, which takes no memory."""
         trained = state.params if state.ema_params is None else state.ema_params
-        return merge_params(join_params(trained, state.frozen, self.trainable))
+        return join_params(trained, state.frozen, self.trainable)
 
     def place(self, batch: dict[str, Any] | sharding.UnreadBatch) -> dict[str, jax.Array]:
         """Starts the batch's way to the device."""
@@ -620,6 +625,14 @@ class _Meter:
     def mfu(self, rate: float) -> float:
         """Model FLOPs utilization, 0 to 1."""
         return rate * self._flops / self._peak
+
+
+def _named(objective: Objective) -> str:
+    """The same in another process, which a function's own text is not."""
+    if isinstance(objective, partial):
+        return f"{_named(objective.func)}, {objective.args}, {objective.keywords}"
+    name = getattr(objective, "__qualname__", None)
+    return repr(objective) if name is None else f"{objective.__module__}.{name}"
 
 
 def _with_frozen(state: TrainState, frozen: Params | None) -> TrainState:

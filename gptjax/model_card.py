@@ -112,8 +112,12 @@ def write_model_card(
         )
         for found in figures.values()
         for figure in found
-        if figure.count is not None
+        # Of a fine-tuning there are the base's own figures and the baseline's beside them.
+        if figure.count is not None and figure.part not in ("zero-shot", "few-shot")
+        if not figure.part.startswith("always ")
     ]
+    base = config.get("run", {}).get("model")
+    base = base if isinstance(base, str) and base != "scratch" else None
     metadata = ModelCardData(
         language=list(languages) or None,
         license=license,
@@ -122,6 +126,7 @@ def write_model_card(
         tags=["gptjax", "jax", "gpt"],
         datasets=list(datasets) or None,
         model_name=title,
+        base_model=None if base is None else _public(base),
         eval_results=estimates or None,
         metrics=sorted({estimate.metric_type for estimate in estimates}) or None,
     )
@@ -131,10 +136,10 @@ def write_model_card(
         shutil.copyfile(curve, path.parent / curve.name)
     sections = [
         f"# {title}",
-        _model(config, license, languages),
+        _model(config, license, languages, base),
         _data(config, datasets),
         _training(run, config, hardware),
-        _losses(run),
+        _losses(run, config),
         *(_evaluation(file, found, results[file]) for file, found in figures.items()),
         _limits([figure for found in figures.values() for figure in found]),
         _use(run, title),
@@ -144,7 +149,9 @@ def write_model_card(
     return path
 
 
-def _model(config: dict[str, Any], license: str | None, languages: Sequence[str]) -> str:
+def _model(
+    config: dict[str, Any], license: str | None, languages: Sequence[str], base: str | None
+) -> str:
     model = ModelConfig.from_dict(config["model"])
     trainable = config.get("run", {}).get("trainable")
     return "\n".join(
@@ -157,6 +164,7 @@ def _model(config: dict[str, Any], license: str | None, languages: Sequence[str]
             f"- context: {model.context_length} tokens; vocabulary: {model.vocab_size}",
             f"- licence: {license or UNKNOWN}",
             f"- languages: {', '.join(languages) or UNKNOWN}",
+            *([] if base is None else [f"- trained from: {_code(_public(base))}"]),
             *([f"- trained parameters: {_code(json.dumps(trainable))}"] if trainable else []),
         ]
     )
@@ -180,9 +188,10 @@ def _training(run: Path, config: dict[str, Any], hardware: str | None) -> str:
     settings = config.get("run", {})
     summary = _read(run / "summary.json") if (run / "summary.json").exists() else {}
     tokens, seconds = summary.get("tokens"), summary.get("train_seconds")
+    read = summary.get("tokens_read", tokens)
     flops = None
-    if tokens is not None and "trainable" not in settings:
-        flops = tokens * flops_per_token(ModelConfig.from_dict(config["model"]))
+    if read is not None and "trainable" not in settings:
+        flops = read * flops_per_token(ModelConfig.from_dict(config["model"]))
     epochs = None
     if tokens is not None and settings.get("train_tokens"):
         epochs = tokens / settings["train_tokens"]
@@ -190,6 +199,11 @@ def _training(run: Path, config: dict[str, Any], hardware: str | None) -> str:
     told = {
         "steps": _number(summary.get("steps")),
         "tokens": _number(tokens) + ("" if epochs is None else f", {epochs:.2g} times the data"),
+        **(
+            {}
+            if read == tokens
+            else {"tokens read, with those that are not learned": _number(read)}
+        ),
         "batch": _number(settings.get("batch_size")) + " sequences a step",
         "seed": settings.get("seed", UNKNOWN),
         "compute": UNKNOWN
@@ -215,17 +229,20 @@ def _training(run: Path, config: dict[str, Any], hardware: str | None) -> str:
     return f"## Training\n\n{unfinished}" + "\n".join(lines) + f"\n- optimizer: {settings}"
 
 
-def _losses(run: Path) -> str:
+def _losses(run: Path, config: dict[str, Any]) -> str:
     rows = _metrics(run)
     summary = _read(run / "summary.json") if (run / "summary.json").exists() else {}
     trained = [row["loss"] for row in rows if math.isfinite(row.get("loss", math.nan))]
     measured = [row for row in rows if "val_loss" in row]
     loss, best = summary.get("val_loss"), summary.get("best_val_loss")
     perplexity = "" if loss is None else f" (perplexity {math.exp(min(loss, 700)):.4g})"
+    unit = "In nats a token of this tokenizer."
+    if "objective" in config.get("run", {}):
+        perplexity, unit = "", f"Of the objective {_code(config['run']['objective'])}."
     lines = [
         "## Losses",
         "",
-        "In nats a token of this tokenizer.",
+        unit,
         "",
         f"- last step's batch: {_loss(trained[-1] if trained else None)}",
         f"- validation, at the end: {_loss(loss)}{perplexity}",

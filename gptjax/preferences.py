@@ -1,5 +1,7 @@
 """Direct preference optimization: pairs of completions of which one is preferred."""
 
+import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,14 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gptjax.config import ModelConfig
 from gptjax.data.loader import Batch, Loader, check_seed, check_shape, epoch_places
 from gptjax.data.packing import Example
 from gptjax.errors import UserError
+from gptjax.experts import Routing, routing_losses
 from gptjax.loss import LossOptions, target_weights, token_nll
 from gptjax.model import hidden_states, unembedding
 from gptjax.params import Params
+from gptjax.sharding import place_batch
 
 _REJECTED = "rejected_"
 _REFERENCE = "reference_nll"
@@ -65,7 +70,9 @@ class DPO:
                 "the batches have no log-probabilities of the reference; give those of "
                 "PreferenceLoader(...).with_reference(params, config)"
             )
-        nll_2BT, weights_2BT, references_2BT = _both(
+        if options.z_loss:
+            raise UserError(f"z_loss is {options.z_loss}, which DPO does not have; set it to 0")
+        nll_2BT, weights_2BT, references_2BT, routing = _both(
             params, batch, config, options=options, dropout_key=dropout_key
         )
         gains_B2 = jnp.sum((references_2BT - nll_2BT) * weights_2BT, axis=-1).reshape(-1, 2)
@@ -80,7 +87,13 @@ class DPO:
             "accuracy": jnp.sum((margin_B > 0) & counts_B, dtype=jnp.float32),
             "margin": jnp.sum(jnp.where(counts_B, margin_B, 0)),
         }
-        return loss, jax.tree.map(jax.lax.stop_gradient, sums)
+        objective = loss
+        if routing is not None:
+            balance, z = routing_losses(routing)
+            pairs = sums["targets"]
+            objective += pairs * (options.balance_loss * balance + options.router_z_loss * z)
+            sums |= {"balance_loss": pairs * balance, "router_z_loss": pairs * z}
+        return objective, jax.tree.map(jax.lax.stop_gradient, sums)
 
 
 def _both(
@@ -90,10 +103,10 @@ def _both(
     *,
     options: LossOptions,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, Routing | None]:
     """Cross-entropies, weights and references of chosen and rejected answers in turn, `[2B, T]`.
 
-    In turn, so that rows that are split over devices stay where they are.
+    In turn, so that rows that are split over devices stay where they are. And what routers did.
     """
 
     def interleaved(chosen_BT: jax.Array, rejected_BT: jax.Array) -> jax.Array:
@@ -114,7 +127,7 @@ def _both(
     reference = jnp.zeros_like(nll)
     if _REFERENCE in batch:
         reference = interleaved(batch[_REFERENCE], batch[_REJECTED + _REFERENCE])
-    return nll, weights, reference
+    return nll, weights, reference, hidden.routing
 
 
 class PreferenceLoader(Loader):
@@ -150,6 +163,13 @@ class PreferenceLoader(Loader):
         if not len(pairs):
             raise UserError("there are no preference pairs; give at least one")
         check_shape(batch_size, context_length)
+        silent = sum(not all(answer.weights[1:].any() for answer in pair) for pair in pairs)
+        if silent:
+            warnings.warn(
+                f"{silent} of {len(pairs)} pairs have an answer without a token that counts, and "
+                "count nothing",
+                stacklevel=2,
+            )
         for number, pair in enumerate(pairs):
             longest = max(len(answer.tokens) for answer in pair)
             if longest > context_length + 1:
@@ -181,13 +201,22 @@ class PreferenceLoader(Loader):
             yield self._batch(range(start, end), self.batch_size)
 
     def with_reference(
-        self, params: Params, config: ModelConfig, options: LossOptions = LossOptions()
+        self,
+        params: Params,
+        config: ModelConfig,
+        mesh: Mesh | None = None,
+        *,
+        options: LossOptions = LossOptions(),
     ) -> "PreferenceLoader":
         """The same with what a model says of every pair, which `DPO` compares with.
+
+        Held for each token of a row: 8 bytes a pair and token of the context.
 
         Args:
             params: the reference's, usually those that training starts from.
             config: the model.
+            mesh: over which the parameters lie and pairs are split, one process's; None is the
+                default device.
             options: how logits are computed.
         """
         new = PreferenceLoader(
@@ -199,7 +228,9 @@ class PreferenceLoader(Loader):
         )
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for batch in self.in_order():
-            nll = np.asarray(_read_both(params, batch, config, options))
+            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                nll = _read_both(params, place_batch(batch, mesh), config, options)
+            nll = np.asarray(nll)
             found += zip(nll[0::2], nll[1::2], strict=True)
         new._reference = found[: len(self.pairs)]
         return new

@@ -84,7 +84,15 @@ def model_settings(model: Model) -> dict[str, Any]:
     return {
         "model": {name: config[name] for name in config if name not in EXECUTION_FIELDS},
         "params": params_fingerprint(model.params),
+        "tokenizer": _tokenizer_hash(model),
     }
+
+
+def _tokenizer_hash(model: Model) -> str | None:
+    if model.tokenizer is None:
+        return None
+    text = json.dumps([model.tokenizer.to_dict(), model.stop_ids], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def params_fingerprint(params: Params) -> str:

@@ -89,7 +89,7 @@ def sentiment(
         train: records of "text" (or "sentence") and "label", one of `labels` or its number.
         test: likewise; None holds some out, see `hold_out`.
         labels: the kinds.
-        held_out: how many items are held out.
+        held_out: how many items are held out, or measured of `test`.
 
     Raises:
         UserError: a field is missing, or a label is none of these.
@@ -99,7 +99,8 @@ def sentiment(
         return [item(text_of(record, "text", "sentence"), record) for record in records]
 
     def item(text: str, record: Record) -> Item:
-        return Item(f"Review: {text.strip()}\nSentiment:", (_label(record, labels),), text)
+        text = text.strip()
+        return Item(f"Review: {text}\nSentiment:", (_label(record, labels),), text)
 
     def metrics(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, Estimate]:
         pairs = zip(predictions, items, strict=True)
@@ -193,7 +194,7 @@ def question_answering(
                 f"{text_of(record, 'context').strip()}\n"
                 f"Question: {text_of(record, 'question').strip()}\nAnswer:",
                 answers,
-                text_of(record, "context"),
+                text_of(record, "context").strip(),
             )
             for record, answers in found
             # SQuAD 2.0 has questions without an answer.
@@ -240,8 +241,7 @@ def conversation(
                     "a dialogue must have a message of the user first and end with one of the "
                     f"assistant; this one has {[m.get('role') for m in messages]}"
                 )
-            asked = before[0] if before[0].get("role") != "system" else before[-1]
-            found.append(Item(tuple(before), (last["content"],), str(asked.get("content"))))
+            found.append(Item(tuple(before), (last["content"],), _opening(before)))
         return found
 
     learned, measured = _sides(items, train, test, held_out)
@@ -273,19 +273,19 @@ def preference(
     def items(records: Sequence[Record]) -> list[Item]:
         found = []
         for record in records:
-            if "chosen" in record:
-                before = record.get("prompt")
-                if before is None and isinstance(record["chosen"], list):
-                    # Some data sets repeat the prompt in both conversations.
-                    before = record["chosen"][:-1]
-                if not isinstance(before, list):
-                    before = [{"role": "user", "content": text_of(record, "prompt")}]
-                chosen = _last_words(record, "chosen")
+            if "instruction" in record and "prompt" not in record:
+                asked = [_instruction(record)]
+                chosen = _last_words(record, "chosen" if "chosen" in record else "output")
             else:
-                *before, last = _messages(record)
-                chosen = last["content"]
+                asked, chosen = record.get("prompt"), _last_words(record, "chosen")
+                if asked is None and isinstance(record["chosen"], list):
+                    # Some data sets repeat the prompt in both conversations.
+                    asked = record["chosen"][:-1]
+                if not isinstance(asked, list):
+                    asked = [{"role": "user", "content": text_of(record, "prompt")}]
+            before = _checked(asked)
             answers = (chosen, _last_words(record, "rejected"))
-            found.append(Item(tuple(before), answers, str(before[-1].get("content"))))
+            found.append(Item(tuple(before), answers, _opening(before)))
         return found
 
     learned, measured = _sides(items, train, test, held_out)
@@ -364,7 +364,10 @@ def _sides(
 ) -> tuple[list[Item], list[Item]]:
     if test is None:
         return hold_out(items(train), held_out)
-    measured = items(test)[:held_out]
+    measured = items(test)
+    if held_out is not None and held_out < len(measured):
+        # Not the first ones: files may be sorted.
+        measured = hold_out(measured, held_out)[1]
     groups = {item.group for item in measured}
     return [item for item in items(train) if item.group not in groups], measured
 
@@ -420,13 +423,30 @@ def _answers(record: Record) -> tuple[str, ...]:
 
 def _messages(record: Record) -> list[Message]:
     if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise UserError("'messages' of a record must be a list with messages")
-        return messages
+        return _checked(record["messages"])
+    answer = {"role": "assistant", "content": text_of(record, "output")}
+    return [_instruction(record), answer]
+
+
+def _instruction(record: Record) -> Message:
     asked = text_of(record, "instruction").strip()
     more = record.get("input") or ""
-    return [
-        {"role": "user", "content": f"{asked}\n{more}" if more else asked},
-        {"role": "assistant", "content": text_of(record, "output")},
-    ]
+    return {"role": "user", "content": f"{asked}\n{more}" if more else asked}
+
+
+def _checked(messages: Any) -> list[Message]:
+    """Messages as they must be."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError("the messages of a record must be a list with at least one")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise UserError(f"a message is a {type(message).__name__}: give objects with fields")
+        for field in ("role", "content"):
+            text_of(message, field)
+    return messages
+
+
+def _opening(messages: Sequence[Message]) -> str:
+    """What a conversation begins with, by which it is known when it goes on elsewhere."""
+    said = [message["content"] for message in messages if message["role"] != "system"]
+    return (said or [messages[0]["content"]])[0].strip()

@@ -91,6 +91,9 @@ def init_state(
     if mesh is not None:
         abstract = jax.eval_shape(init, given, frozen, run_key)
         shardings = state_shardings(config, abstract, mesh, trainable)
+        # They may come from other devices, which one program does not take.
+        given = jax.device_put(given, shardings.params)
+        frozen = jax.device_put(frozen, shardings.frozen)
     return jax.jit(init, out_shardings=shardings)(given, frozen, run_key)
 
 
@@ -130,7 +133,14 @@ def state_shardings(
         return places
     every = flat(param_shardings(config, mesh))
     name = partial(jax.tree_util.keystr, simple=True, separator=".")
-    frozen = jax.tree_util.tree_map_with_path(lambda path, _: every[name(path)], state.frozen)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        # What stands for an array lies as it would, and what has another shape, as scales, whole.
+        found, whole = every[name(path)], sharding.replicated(mesh)
+        return jax.tree.map(lambda x: found if x.shape == leaf.shape else whole, leaf)
+
+    is_leaf = lambda x: not isinstance(x, dict)  # noqa: E731
+    frozen = jax.tree_util.tree_map_with_path(place, state.frozen, is_leaf=is_leaf)
     return places.replace(frozen=frozen)
 
 

@@ -123,6 +123,7 @@ def damaged(folder: Path, changes: dict[str, Any]) -> None:
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ],
 )

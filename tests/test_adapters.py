@@ -37,6 +37,7 @@ from gptjax.params import Params, count_specs, flat, param_specs
 from gptjax.pretrained.huggingface import save_pretrained
 from gptjax.pretrained.loading import load
 from gptjax.sampling import Sampling
+from gptjax.sharding import make_mesh
 from gptjax.training import init_state, make_train_step
 
 EXPERTS = MODERN.replace(num_experts=3, experts_per_token=2, shared_experts=1)
@@ -318,6 +319,8 @@ def test_a_run_resumes_and_loads(
         "trainable": trainable,
         "base": tmp_path / "base",
         "eval_data": [data[100]],
+        # Once, at the end: what loads is the best of all evaluations.
+        "eval_every": 6,
         "progress": False,
     }
     straight = fit(GPT2, ADAMW, data, steps=6, out=tmp_path / "straight", **options)
@@ -352,6 +355,38 @@ def test_a_run_resumes_and_loads(
         fit(GPT2, ADAMW, data, steps=7, out=tmp_path / "run", **options | {"params": other.params})
     with pytest.raises(UserError, match="trainable"):
         fit(GPT2, ADAMW, data, steps=7, out=tmp_path / "run", **options | {"trainable": None})
+
+
+def test_a_narrow_base_is_the_base(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Frozen parameters may be bfloat16; the base is then rounded likewise when it is loaded."""
+    save_pretrained(Model(GPT2, random_params(GPT2, rng)), tmp_path / "base")
+    narrow = load(tmp_path / "base", dtype="bfloat16")
+    result = fit(
+        GPT2, ADAMW, loader(rng, GPT2), steps=2, out=tmp_path / "run", params=narrow.params,
+        trainable=LoRA(2), base=tmp_path / "base", progress=False,
+    )  # fmt: skip
+    assert {x.dtype for x in jax.tree.leaves(result.state.frozen)} == {jnp.dtype(jnp.bfloat16)}
+    for path, leaf in flat(load(tmp_path / "run").params).items():
+        # What has additions was merged in float32.
+        np.testing.assert_array_equal(leaf, flat(result.params)[path].astype(leaf.dtype))
+
+
+def test_kernels_may_be_quantized(rng: np.random.Generator) -> None:
+    """Additions beside int8 kernels, with and without a mesh."""
+    params, sgd = quantize(random_params(GPT2, rng), GPT2), optax.sgd(0.3)
+    batch, ends = batch_of(GPT2, rng), []
+    for mesh in (None, make_mesh(data=1, devices=jax.devices()[:1])):
+        state = init_state(
+            GPT2, sgd, jax.random.key(0), mesh, params=params, trainable=LoRA(2, 4.0)
+        )
+        step = make_train_step(GPT2, sgd, mesh, trainable=LoRA(2, 4.0))
+        losses = []
+        for _ in range(6):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        assert losses[-1] < losses[0]
+        ends.append(losses)
+    np.testing.assert_allclose(*ends, rtol=1e-5)
 
 
 def test_a_run_without_a_named_base_asks_for_it(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import filelock
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -421,6 +422,24 @@ def test_errors_are_over_texts_or_over_windows(rng: np.random.Generator) -> None
     assert single["perplexity"].count == len(records) > 1
     per_character = scaled(wanted, len(texts[0].encode()) / len(texts[0]) / math.log(2))
     assert single["bits per character"] == pytest.approx(per_character)
+
+
+def test_what_is_not_predicted_has_no_bytes(rng: np.random.Generator) -> None:
+    """Without a token that begins a text, the first character is read and not predicted."""
+    tokenizer = CharTokenizer.from_text("abcdefgh")
+    config = GPT2.replace(vocab_size=8)
+    model = Model(config, jax.tree.map(jnp.zeros_like, random_params(config, rng)), tokenizer)
+    windowed = window_texts(model, ["ab", "cd", "efgh", "a"])
+    records = dict(score_long_texts(model, windowed, range(len(windowed.parts))))
+    figures = summarize_long_texts(windowed, [records[n] for n in range(len(windowed.parts))])
+    for name in ("bits per byte", "bits per character"):
+        assert figures[name].value == pytest.approx(3, rel=1e-5)
+
+
+def test_another_tokenizer_is_another_model(rng: np.random.Generator) -> None:
+    params = random_params(GPT2, rng)
+    one, other = (Model(GPT2, params, CharTokenizer.from_text(text)) for text in ("abc", "abd"))
+    assert model_settings(one) != model_settings(other)
 
 
 def test_illegal_windows_are_refused(rng: np.random.Generator) -> None:

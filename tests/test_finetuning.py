@@ -206,6 +206,11 @@ def test_preferences_are_learned(tmp_path: Path, rng: np.random.Generator, comma
     assert summary["val_loss"] < 0.5  # below ln 2, with which it starts
     with pytest.raises(UserError, match="'rejected'"):
         preference([{"prompt": "a", "chosen": "b"}] * 3)
+    # Of instructions with both, "output" may be a third.
+    both = {"instruction": "i", "input": "x", "output": "o", "chosen": "c", "rejected": "r"}
+    [item] = preference([both], [both] * 2).test[:1]
+    assert item.answers == ("c", "r")
+    assert item.prompt == ({"role": "user", "content": "i\nx"},)
 
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path, data: Path, command: Command):
@@ -272,6 +277,49 @@ def test_no_group_is_on_both_sides(make: Any, rng: np.random.Generator):
         assert not groups & {item.group for item in task.train}
         prompts = {str(item.prompt) for item in task.test}
         assert not prompts & {str(item.prompt) for item in task.train}
+
+
+def test_sides_are_told_apart_by_what_is_read():
+    """Not by spaces around it, nor by a system message before it."""
+    sides = sentiment([{"text": "good film ", "label": 1}], [{"text": "good film", "label": 1}] * 2)
+    assert not sides.train
+    system = {"role": "system", "content": "s"}
+    talk = [{"role": role, "content": role * 2} for role in ("user", "assistant")]
+    more = [{"role": role, "content": role * 3} for role in ("user", "assistant")]
+    for start in ([], [system]):
+        short, long = ({"messages": [*start, *turns]} for turns in (talk, [*talk, *more]))
+        assert {item.group for item in conversation([short], [long] * 2).test} == {"useruser"}
+
+
+def test_of_sorted_test_data_not_the_first_are_measured():
+    test = [{"text": f"t{n}", "label": n // 50} for n in range(100)]
+    task = sentiment([{"text": "a", "label": 0}], test, held_out=20)
+    assert len(task.test) == 20
+    assert len({item.answers for item in task.test}) == 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [(["x"], "a message is a str"), ([{"role": "user"}], "'content'"), ([], "at least one")],
+)
+def test_messages_that_are_none_are_refused(messages: Any, says: str):
+    with pytest.raises(UserError, match=says):
+        conversation([{"messages": messages}])
+    with pytest.raises(UserError, match=says):
+        preference([{"prompt": messages, "chosen": "a", "rejected": "b"}])
+
+
+def test_another_task_in_the_same_folder_is_refused(tmp_path: Path, data: Path, command: Command):
+    arguments = (
+        "--data", data / "pairs.txt", "--out", tmp_path / "run", "--steps", "1", "--context-length",
+        "96", "--eval-items", "2", "--validation-items", "2", *TINY,
+    )  # fmt: skip
+    command("finetune_translation", *arguments, "--source", "zh", "--target", "en")
+    status, _, error = command(
+        "finetune_translation", *arguments, "--source", "en", "--target", "zh"
+    )
+    assert status == 2
+    assert "task_sha256" in error
 
 
 def test_no_sentence_of_either_language_is_on_both_sides(rng: np.random.Generator):

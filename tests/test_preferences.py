@@ -11,7 +11,8 @@ from small_models import GPT2, STYLES, random_params
 
 from gptjax.adapters import LoRA
 from gptjax.config import ModelConfig
-from gptjax.data.packing import Example
+from gptjax.data.mixture import Mixture
+from gptjax.data.packing import Example, PackedLoader
 from gptjax.errors import UserError
 from gptjax.fitting import fit
 from gptjax.loss import LossOptions
@@ -215,3 +216,52 @@ def test_pairs_by_position(rng: np.random.Generator) -> None:
 def test_what_cannot_be_is_refused(make: Any, says: str, rng: np.random.Generator) -> None:
     with pytest.raises(UserError, match=says):
         make(draw_pairs(GPT2, rng, 4))
+
+
+def test_routers_are_balanced_too(rng: np.random.Generator) -> None:
+    config = GPT2.replace(num_experts=3, experts_per_token=2)
+    params = random_params(config, rng)
+    loader = PreferenceLoader(draw_pairs(config, rng, 4), batch_size=4, context_length=16)
+    batch = loader.with_reference(params, config)[0]
+    plain = LossOptions(balance_loss=0, router_z_loss=0)
+    alone, _ = DPO()(params, batch, config, options=plain)
+    options = LossOptions(balance_loss=2, router_z_loss=3)
+    objective, sums = DPO()(params, batch, config, options=options)
+    wanted = alone + 2 * sums["balance_loss"] + 3 * sums["router_z_loss"]
+    assert float(objective) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(sums["balance_loss"]) > 0
+    with pytest.raises(UserError, match="z_loss"):
+        DPO()(params, batch, config, options=LossOptions(z_loss=0.1))
+
+
+def test_pairs_that_count_nothing_are_told(rng: np.random.Generator) -> None:
+    good, silent = draw_pairs(GPT2, rng, 2)
+    nothing = Example(silent.chosen.tokens, np.zeros(len(silent.chosen.tokens)))
+    with pytest.warns(UserWarning, match="1 of 2 pairs"):
+        PreferenceLoader(
+            [good, Preference(nothing, silent.rejected)], batch_size=1, context_length=16
+        )
+
+
+def test_ids_of_rejected_answers_are_checked(tmp_path: Path) -> None:
+    tokens = np.array([1, 2, 80], np.int32)
+    pairs = [Preference(Example(np.array([1, 2, 3]), np.ones(3)), Example(tokens, np.ones(3)))]
+    loader = PreferenceLoader(pairs, batch_size=1, context_length=16)
+    config = OptimizerConfig(warmup_steps=0)
+    with pytest.raises(UserError, match=r"rejected_t.* hold id 80"):
+        fit(GPT2, config, loader, steps=1, out=tmp_path / "run", objective=DPO(), progress=False)
+
+
+def test_mixed_preferences_stay_what_they_are(rng: np.random.Generator) -> None:
+    params = random_params(GPT2, rng)
+    parts = [
+        PreferenceLoader(draw_pairs(GPT2, rng, 3), batch_size=2, context_length=16)
+        for _ in range(2)
+    ]
+    whole = Mixture([p.with_reference(params, GPT2) for p in parts], [1, 1], batch_size=4)
+    objective, sums = DPO()(params, whole[0], GPT2, options=LossOptions())
+    assert float(sums["targets"]) == 4
+    assert float(objective) / 4 == pytest.approx(np.log(2), rel=1e-5)
+    packed = PackedLoader([np.arange(9, dtype=np.int32)], batch_size=1, context_length=16)
+    with pytest.raises(UserError, match="rejected_tokens"):
+        Mixture([parts[0], packed], [1, 1], batch_size=2)

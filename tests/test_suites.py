@@ -261,3 +261,24 @@ def test_results_without_choices_have_no_picture(
     assert json.loads((tmp_path / "results.json").read_text())["model"] == "m"
     assert not (tmp_path / "reliability.png").exists()
     assert suites.results_to_json([result])["lambada"]["figures"]["accuracy"]["count"] == 5
+
+
+def test_a_folder_keeps_the_suites_of_its_model(
+    model: Model, data: dict[str, Path], tmp_path: Path
+) -> None:
+    def written(suite: str, **about: Any) -> set[str]:
+        result = run_suite(model, suite, data[suite], Options(limit=2))
+        write_results([result], tmp_path, **about)
+        return set(json.loads((tmp_path / "results.json").read_text())["suites"])
+
+    assert written("lambada", params="a") == {"lambada"}
+    assert written("crows-pairs", params="a") == {"lambada", "crows-pairs"}
+    assert written("crows-pairs", params="b") == {"crows-pairs"}
+
+
+def test_a_long_sentence_is_read_in_windows(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"sent_more,sent_less\nthe cat,the dog\n{'the cat ' * 80},{'the dog ' * 80}\n")
+    [_, found] = run_suite(model, "crows-pairs", path).records
+    result = evaluate_pairs(model, read_crows_pairs(path))
+    assert found["more"] - found["less"] == pytest.approx(result.differences[1], rel=1e-4)

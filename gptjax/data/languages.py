@@ -211,7 +211,10 @@ def compare_tokenizers(
         else:
             tokenizer = given
         name = Path(given).name if isinstance(given, str | Path) else type(given).__name__
-        results[f"{name} ({tokenizer.vocab_size})"] = tokens_by_script(tokenizer, counted)
+        label = f"{name} ({tokenizer.vocab_size})"
+        if label in results:
+            label = f"{given} ({tokenizer.vocab_size})"
+        results[label] = tokens_by_script(tokenizer, counted)
     return results
 
 

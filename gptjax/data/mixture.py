@@ -11,6 +11,8 @@ from gptjax.errors import UserError
 BLOCK = 1000
 """Rows in which the proportions are exact, to a row."""
 
+_FILLED = ("segment_ids", "positions", "weights")
+
 
 class Mixture(Loader):
     """An endless, random-access sequence of batches whose rows come from several loaders.
@@ -62,7 +64,16 @@ class Mixture(Loader):
         self._loaders = list(loaders)
         self._counts = _counts(weights)
         rows = [loader.read(np.arange(1)) for loader in loaders]
-        self._names = list(dict.fromkeys(name for row in rows for name in row))
+        self._dtypes: dict[str, np.dtype] = {}
+        for row in rows:
+            for name, values in row.items():
+                self._dtypes[name] = np.result_type(self._dtypes.get(name, values), values)
+        lacking = {name for row in rows for name in self._dtypes.keys() - row.keys()}
+        if lacking - set(_FILLED):
+            raise UserError(
+                f"some loaders' batches have {', '.join(sorted(lacking))} and others' have not: "
+                f"mix loaders of one kind (only {', '.join(_FILLED)} may be missing)"
+            )
 
     @property
     def batches_per_epoch(self) -> float:
@@ -75,7 +86,7 @@ class Mixture(Loader):
         """Returns the rows of these global numbers, 0 or more each, in their order."""
         sources, places = self._sources(rows)
         shape = (len(rows), self.context_length)
-        batch = {name: np.empty(shape, _dtype(name)) for name in self._names}
+        batch = {name: np.empty(shape, dtype) for name, dtype in self._dtypes.items()}
         for source, loader in enumerate(self._loaders):
             here = sources == source
             if not here.any():
@@ -129,7 +140,3 @@ def _turns(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, 
     for source, count in enumerate(counts):
         before[turns == source] = np.arange(count)
     return turns, before
-
-
-def _dtype(name: str) -> type:
-    return np.float32 if name == "weights" else np.int32

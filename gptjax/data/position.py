@@ -70,7 +70,7 @@ class DataPosition:
                 f"batches have {T} tokens a row, but the model's context is "
                 f"{config.context_length}; cut shorter rows or raise context_length"
             )
-        for name in ("tokens", "targets"):
+        for name in (name for name in batch if name.endswith(("tokens", "targets"))):
             largest = int(batch[name].max())
             if largest >= V:
                 raise UserError(

@@ -354,12 +354,18 @@ def evaluate_pairs(model: Model, pairs: Sequence[Pair], *, batch_size: int = 8) 
     """
     if not pairs:
         raise UserError("there are no pairs to evaluate; give at least one")
+    likelihoods = pair_likelihoods(model, pairs, batch_size=batch_size)
+    return pairs_result(pairs, likelihoods[:, 0] - likelihoods[:, 1])
+
+
+def pair_likelihoods(model: Model, pairs: Sequence[Pair], *, batch_size: int = 8) -> np.ndarray:
+    """The log-likelihoods of both sentences of pairs, `[N, 2]` float64; see `evaluate_pairs`."""
     lead = "" if prompt_ids(model, "") else "\n"
     sentences = [lead + sentence for pair in pairs for sentence in (pair.more, pair.less)]
     scores = score(model, sentences, batch_size=batch_size)
     # Only the line break has no prediction, where there is one.
-    sums = np.array([np.nansum(found.logprobs, dtype=np.float64) for found in scores])
-    return pairs_result(pairs, sums[::2] - sums[1::2])
+    sums = [np.nansum(found.logprobs, dtype=np.float64) for found in scores]
+    return np.array(sums).reshape(-1, 2)
 
 
 def pairs_result(pairs: Sequence[Pair], differences: np.ndarray) -> PairsResult:

@@ -21,10 +21,12 @@ class WindowedTexts:
     Attributes:
         texts: the texts.
         rows: for each its token ids, after those that begin a text (`prompt_ids`).
+        scored: what of each text is predicted: without the first token where nothing comes before.
         parts: the windows of all.
     """
 
     texts: list[str]
+    scored: list[str]
     rows: list[np.ndarray]
     parts: list[Window]
 
@@ -57,17 +59,19 @@ def window_texts(
     stride = max(context // 2, 1) if stride is None else stride
     if not 1 <= stride <= context:
         raise UserError(f"stride is {stride}; from 1 to the context of {context}")
-    begins, encode = prompt_ids(model, ""), tokenizer_of(model).encode
-    rows, parts = [], []
+    begins, tokenizer = prompt_ids(model, ""), tokenizer_of(model)
+    rows, scored, parts = [], [], []
     for number, text in enumerate(texts):
-        ids = [*begins, *encode(text)]
+        ids = [*begins, *tokenizer.encode(text)]
+        first = "" if begins else tokenizer.decode(ids[:1])
+        scored.append(text[len(first) :] if len(ids) > 1 else "")
         if ids:
             check_prompt(f"text {number}", ids, model.config)
         rows.append(np.array(ids, np.int32))
         parts += windows(number, len(ids), context, stride)
     if not parts:
         raise UserError("the texts have no token to predict; give longer ones")
-    return WindowedTexts(list(texts), rows, parts)
+    return WindowedTexts(list(texts), scored, rows, parts)
 
 
 def score_long_texts(
@@ -114,9 +118,10 @@ def summarize_long_texts(windowed: WindowedTexts, records: Sequence[Record]) -> 
         windowed: from `window_texts`.
         records: of all its windows.
     """
-    whole = list(zip(windowed.texts, windowed.rows, strict=True))
-    sizes = np.array([[len(text.encode()), len(text), len(text.split())] for text, _ in whole])
-    nats, tokens = np.zeros((2, len(whole)))
+    sizes = np.array(
+        [[len(text.encode()), len(text), len(text.split())] for text in windowed.scored]
+    )
+    nats, tokens = np.zeros((2, len(windowed.texts)))
     for record in records:
         nats[record["text"]] += record["nats"]
         tokens[record["text"]] += record["tokens"]

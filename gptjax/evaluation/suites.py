@@ -18,7 +18,6 @@ from gptjax.evaluation.calibration import Bins, calibration
 from gptjax.evaluation.completions import read_tasks, score_completions, summarize_completions
 from gptjax.evaluation.items import read_text, read_texts
 from gptjax.evaluation.last_word import read_passages, score_last_words, summarize_last_words
-from gptjax.evaluation.loglikelihood import each_group
 from gptjax.evaluation.long_text import score_long_texts, summarize_long_texts, window_texts
 from gptjax.evaluation.multiple_choice import (
     MultipleChoice,
@@ -32,7 +31,7 @@ from gptjax.evaluation.results import Estimate, Record, collect, to_json
 from gptjax.model import Model
 from gptjax.plots import plot_reliability
 from gptjax.resumable import model_settings
-from gptjax.text_generation import prompt_ids, tokenizer_of
+from gptjax.text_generation import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -183,14 +182,13 @@ def _pairs(model: Model, pairs: list[bias.Pair], options: Options) -> _Work:
     pairs = pairs[: options.limit]
 
     def score(indices: list[int]) -> Iterator[tuple[int, Record]]:
-        encode = tokenizer_of(model).encode
-        begins = prompt_ids(model, "") or encode("\n")
-        groups = [
-            [(begins, encode(sentence)) for sentence in (pair.more, pair.less)]
-            for pair in _at(pairs, indices)
-        ]
-        for place, (more, less) in each_group(model, groups, batch_size=options.batch_size):
-            yield place, {"more": more.logprob, "less": less.logprob}
+        # Some at a time, so that a stop loses little.
+        most = 8 * options.batch_size
+        for start in range(0, len(indices), most):
+            part = _at(pairs, indices[start : start + most])
+            found = bias.pair_likelihoods(model, part, batch_size=options.batch_size)
+            for place, (more, less) in enumerate(found.tolist(), start):
+                yield place, {"more": more, "less": less}
 
     def conclude(records: list[Record]) -> dict[str, Any]:
         differences = np.array([record["more"] - record["less"] for record in records])
@@ -317,6 +315,8 @@ def results_to_json(results: Sequence[SuiteResult]) -> dict[str, Any]:
 def write_results(results: Sequence[SuiteResult], out: str | Path, **about: Any) -> None:
     """Writes `results.json` and, where there was multiple choice, `reliability.png`.
 
+    Suites that the file has of the same model (by all of `about`) stay in it.
+
     Args:
         results: of one model.
         out: a folder.
@@ -326,9 +326,15 @@ def write_results(results: Sequence[SuiteResult], out: str | Path, **about: Any)
         OSError: if a file cannot be written.
     """
     folder = Path(out).expanduser()
-    values = {**about, "gptjax": gptjax_version(), "suites": results_to_json(results)}
+    path = folder / "results.json"
+    suites = results_to_json(results)
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if all(earlier.get(name) == value for name, value in about.items()):
+            suites = earlier["suites"] | suites
+    values = {**about, "gptjax": gptjax_version(), "suites": suites}
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    (folder / "results.json").write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     reliability = {
         f"{result.suite}, {way}": bins
         for result in results

@@ -195,6 +195,13 @@ def read_adapter_config(directory: Path) -> tuple[dict[str, Any], str]:
         "layer_replication": (None, []),
         "alora_invocation_tokens": (None, []),
     }
+    start = values.get("init_lora_weights")
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        # PEFT changes the base's own weights when it opens these.
+        raise UserError(
+            f"{path} sets init_lora_weights to {start!r}, which changes the base model too and is "
+            "not supported; convert it with PEFT's path_initial_model_for_weight_conversion"
+        )
     for key, legal in wanted.items():
         if values.get(key) not in legal:
             raise UserError(f"{path} sets {key} to {values[key]!r}, which is not supported")

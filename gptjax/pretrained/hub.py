@@ -8,7 +8,10 @@ from gptjax.errors import UserError
 
 SMOLLM2 = "smollm2"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_FILES = ["*.json", "model*.safetensors", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model"]
+_FILES = [
+    *("*.json", "model*.safetensors", "adapter_model.safetensors"),
+    *("*.txt", "*.jinja", "*.tiktoken", "tokenizer.model"),
+]
 
 
 def find(name: str | Path, revision: str | None = None) -> Path:
@@ -107,8 +110,6 @@ def _explain(name: str, revision: str | None, folder: Path) -> None:
         files = [path.name for path in folder.iterdir()]
     gguf = [file for file in files if file.endswith(".gguf")]
     pickled = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
-    if "adapter_config.json" in files:
-        raise UserError(f"{name} holds an adapter, not a model; give the model that it adapts")
     if gguf:
         raise UserError(
             f"{name} holds GGUF files ({', '.join(gguf[:5])}); download one, hf download {name} "

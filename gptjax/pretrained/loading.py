@@ -86,10 +86,15 @@ def load(
         raise UserError(f"{path} is no folder of a model and no .gguf file")
     if adapter_files.is_adapter(path):
         config, _ = adapter_files.read_adapter_config(path)
-        model = base_of(path, base or config.get("base_model_name_or_path") or None, mesh)
-        model = adapter_files.load_adapter(path, model)
+        own = huggingface.read_own_tokenizer(path) if tokenizer else None
+        options: dict[str, Any] = {"cache": cache, "tokenizer": tokenizer and own is None}
+        if base is None:
+            options["revision"] = config.get("revision")
+        named = base or config.get("base_model_name_or_path") or None
+        model = adapter_files.load_adapter(path, base_of(path, named, mesh, **options))
         params = merge_params(model.params) if merge else model.params
-        return replace(model, params=jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        return replace(model, params=params, tokenizer=own or model.tokenizer)
     if huggingface.is_directory(path):
         return _checked(huggingface.load_directory(path, mesh, jnp.dtype(dtype), tokenizer), path)
     files = sorted(path.glob("*.gguf"))
@@ -100,7 +105,8 @@ def load(
                 "path of one"
             )
         return load(files[0], mesh, dtype=dtype, tokenizer=tokenizer, cache=cache)
-    return _load_checkpoint(path, mesh, dtype, base, merge)
+    model = _load_checkpoint(path, mesh, dtype, base, merge, cache)
+    return model if tokenizer else replace(model, tokenizer=None)
 
 
 def _checked(model: Model, path: Path) -> Model:
@@ -149,6 +155,7 @@ def _load_checkpoint(
     dtype: Literal["float32", "bfloat16"],
     base: Model | str | Path | None,
     merge: bool,
+    cache: bool,
 ) -> Model:
     try:
         found, _ = find_checkpoint(path, "best")
@@ -169,12 +176,16 @@ def _load_checkpoint(
     tokenizer = None if stored is None else tokenizer_from_dict(stored)
     source: dict[str, Any] = {}
     if trainable is not None:
-        model = base_of(path, base or metadata.get("base"), mesh)
+        model = base_of(path, base or metadata.get("base"), mesh, cache=cache)
+        if metadata["run"].get("frozen_dtype") == "bfloat16":
+            narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+            model = replace(model, params=narrow)
         _, frozen = split_params(model.params, trainable, config, jax.random.key(0))
         if params_sha256(frozen or {}) != metadata["run"]["frozen_sha256"]:
+            name = "the model given" if isinstance(base, Model) else base or metadata.get("base")
             raise UserError(
-                f"the parameters of {base or metadata.get('base')} are not those that {path} was "
-                "trained with; give the model that it began with as base"
+                f"the parameters of {name} are not those that {path} was trained with; give the "
+                "model that it began with as base"
             )
         params = join_params(params, frozen, trainable)
         params = merge_params(params) if merge else params
@@ -185,8 +196,16 @@ def _load_checkpoint(
     return Model(config, params, tokenizer, source=source)
 
 
-def base_of(path: Path, base: Model | str | Path | None, mesh: Mesh | None) -> Model:
+def base_of(
+    path: Path, base: Model | str | Path | None, mesh: Mesh | None, **options: Any
+) -> Model:
     """The model that an adapter was trained on, in float32.
+
+    Args:
+        path: of the adapter.
+        base: the model, or its name.
+        mesh: where it shall lie.
+        options: of `load`.
 
     Raises:
         UserError: if neither the caller nor the adapter names one, or it cannot be loaded.
@@ -198,4 +217,9 @@ def base_of(path: Path, base: Model | str | Path | None, mesh: Mesh | None) -> M
             f"{path} holds only what was trained beside frozen parameters; give the model that it "
             "began with as base"
         )
-    return load(base, mesh)
+    try:
+        return load(base, mesh, **options)
+    except UserError as error:
+        raise UserError(
+            f"{path} was trained on {base}, which cannot be loaded ({error}); give it as base"
+        ) from error
