@@ -424,8 +424,8 @@ def _answers(record: Record) -> tuple[str, ...]:
 def _messages(record: Record) -> list[Message]:
     if "messages" in record:
         return _checked(record["messages"])
-    answer = {"role": "assistant", "content": text_of(record, "output")}
-    return [_instruction(record), answer]
+    asked = _instruction(record)
+    return [asked, {"role": "assistant", "content": text_of(record, "output")}]
 
 
 def _instruction(record: Record) -> Message:

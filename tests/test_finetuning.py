@@ -208,7 +208,8 @@ def test_preferences_are_learned(tmp_path: Path, rng: np.random.Generator, comma
         preference([{"prompt": "a", "chosen": "b"}] * 3)
     # Of instructions with both, "output" may be a third.
     both = {"instruction": "i", "input": "x", "output": "o", "chosen": "c", "rejected": "r"}
-    [item] = preference([both], [both] * 2).test[:1]
+    other = {**both, "instruction": "another"}
+    [item] = preference([other], [both]).test
     assert item.answers == ("c", "r")
     assert item.prompt == ({"role": "user", "content": "i\nx"},)
 
@@ -281,14 +282,18 @@ def test_no_group_is_on_both_sides(make: Any, rng: np.random.Generator):
 
 def test_sides_are_told_apart_by_what_is_read():
     """Not by spaces around it, nor by a system message before it."""
-    sides = sentiment([{"text": "good film ", "label": 1}], [{"text": "good film", "label": 1}] * 2)
-    assert not sides.train
+    texts = [{"text": text, "label": 1} for text in ("good film ", "a bad one")]
+    learned = sentiment(texts, [{"text": "good film", "label": 1}]).train
+    assert [item.group for item in learned] == ["a bad one"]
     system = {"role": "system", "content": "s"}
     talk = [{"role": role, "content": role * 2} for role in ("user", "assistant")]
     more = [{"role": role, "content": role * 3} for role in ("user", "assistant")]
     for start in ([], [system]):
         short, long = ({"messages": [*start, *turns]} for turns in (talk, [*talk, *more]))
-        assert {item.group for item in conversation([short], [long] * 2).test} == {"useruser"}
+        other = {"messages": [*start, *more]}
+        task = conversation([short, other], [long])
+        assert [item.group for item in task.test] == ["useruser"]
+        assert [item.group for item in task.train] == ["useruseruser"]
 
 
 def test_of_sorted_test_data_not_the_first_are_measured():
@@ -387,7 +392,8 @@ def test_only_the_training_items_are_learned_and_shown(
     def measured(model: Model, task: Task, items: Any, shots: Any, settings: Any) -> Any:
         seen["measured"] += items
         seen["shots"].append(list(shots))
-        return finetuning.Measured({"accuracy": mean([1.0, 0.0])}, [1.0] * 12, ["x"] * 12)
+        accuracy = {"accuracy": mean([1.0, 0.0])}
+        return finetuning.Measured(accuracy, [1.0] * 12, ["x"] * 12, [len(shots)] * 12)
 
     def encoded(tokenizer: Any, task: Task, item: Item, *args: Any, **kwargs: Any) -> Any:
         seen["encoded"].append(item)

@@ -278,7 +278,8 @@ def test_a_folder_keeps_the_suites_of_its_model(
 
 def test_a_long_sentence_is_read_in_windows(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
-    path.write_text(f"sent_more,sent_less\nthe cat,the dog\n{'the cat ' * 80},{'the dog ' * 80}\n")
+    rows = ["the cat,the dog,x", f"{'the cat ' * 80},{'the dog ' * 80},x"]
+    path.write_text("\n".join(["sent_more,sent_less,bias_type", *rows]))
     [_, found] = run_suite(model, "crows-pairs", path).records
     result = evaluate_pairs(model, read_crows_pairs(path))
     assert found["more"] - found["less"] == pytest.approx(result.differences[1], rel=1e-4)
