@@ -57,6 +57,7 @@ _PROGRESS = (
     "val_loss",
     "best_val_loss",
     "peak_bytes",
+    "devices",
 )
 
 
@@ -324,6 +325,7 @@ class _Run:
     best_val_loss: float | None = None
     saved_step: int | None = None
     peak_bytes: int | None = None
+    devices: str | None = None
     last_sample: str = ""
 
     def restore(self, abstract: TrainState) -> TrainState | None:
@@ -363,6 +365,7 @@ class _Run:
             compiled = step_function.lower(state, batch).compile()
             self.compile_seconds += time.perf_counter() - begin
         self.peak_bytes = devices.peak_bytes(compiled)
+        self.devices = devices.describe(sharding.mesh_devices(self.mesh))
         meter = _Meter(self.config, self.mesh, self.trainable, self.tokens_per_step)
         pending: dict[str, jax.Array] | None = None
         stopped = hosts.StopVote()
@@ -526,7 +529,7 @@ class _Run:
             "compile_seconds": round(self.compile_seconds, 3),
             "train_seconds": round(self.train_seconds, 3),
             "peak_bytes": self.peak_bytes,
-            "devices": devices.describe(sharding.mesh_devices(self.mesh)),
+            "devices": self.devices,
         }
         if hosts.is_main():
             _write_json(self.out / "summary.json", summary)
@@ -640,7 +643,7 @@ def _with_frozen(state: TrainState, frozen: Params | None) -> TrainState:
 
 
 def _resolve(
-    optimizer: Any, config: ModelConfig, steps: int, trainable: Trainable | None
+    optimizer: Any, config: ModelConfig, steps: int, trainable: Trainable | None = None
 ) -> tuple[Any, Any, float | None]:
     """The transformation, its learning-rate schedule and EMA rate where known."""
     if not isinstance(optimizer, OptimizerConfig):

@@ -209,7 +209,7 @@ def _training(run: Path, config: dict[str, Any], hardware: str | None) -> str:
         "compute": UNKNOWN
         if flops is None
         else f"{flops:.3g} FLOPs, by 6 for each weight and token and attention over a full context",
-        "hardware": hardware or summary.get("devices", UNKNOWN),
+        "hardware": hardware or summary.get("devices") or UNKNOWN,
         "time": UNKNOWN
         if seconds is None
         else f"{duration(seconds)} of training, "
