@@ -163,18 +163,32 @@ def split_params(
         UserError: as `trainable_specs`, or if there are additions that do not fit.
     """
     specs = trainable_specs(config, trainable)
-    if not isinstance(trainable, LoRA):
-        params = merge_low_rank(params)
+    frozen = frozen_params(params, trainable, config)
     if trainable is None:
-        return params, None
-    if isinstance(trainable, Only):
-        return _common(params, specs), _without(params, specs)
-    if _has_additions(params):
+        trained = merge_low_rank(params)
+    elif isinstance(trainable, Only):
+        trained = _common(merge_low_rank(params), specs)
+    elif _has_additions(params):
         trained = _present(flat(params), flat(specs), trainable)
     else:
         trained = draw_params(specs, key, None if mesh is None else spec_shardings(specs, mesh))
+    return trained, frozen
+
+
+def frozen_params(
+    params: Params, trainable: Trainable | None, config: ModelConfig
+) -> Params | None:
+    """What of a model's parameters is not trained; None where everything is.
+
+    Raises:
+        UserError: as `trainable_specs`.
+    """
+    if trainable is None:
+        return None
+    if isinstance(trainable, Only):
+        return _without(merge_low_rank(params), trainable_specs(config, trainable))
     kernel = lambda x: x.kernel if isinstance(x, LowRank) else x  # noqa: E731
-    return trained, jax.tree.map(kernel, params, is_leaf=lambda x: isinstance(x, LowRank))
+    return jax.tree.map(kernel, params, is_leaf=lambda x: isinstance(x, LowRank))
 
 
 def join_params(trained: Params, frozen: Params | None, trainable: Trainable | None) -> Params:

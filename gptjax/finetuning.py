@@ -445,9 +445,7 @@ def _preferred(
         )
         return loader.with_reference(model.params, model.config)
 
-    # What the reference says of a pair is computed once, and of no more than a short run reads.
-    order = np.random.default_rng(settings.seed).permutation(len(learned))
-    loader = load([learned[n] for n in order[: settings.steps * settings.batch_size]])
+    loader = load(learned)
     epochs = settings.steps / loader.batches_per_epoch
     print(f"{len(loader.pairs)} pairs of answers: {epochs:.1f} epochs")
     return loader, load(validation).in_order(), DPO(settings.beta)

@@ -21,9 +21,9 @@ from gptjax import devices, hosts, sharding
 from gptjax.adapters import (
     LoRA,
     Trainable,
+    frozen_params,
     join_params,
     merge_params,
-    split_params,
     trainable_specs,
     trainable_to_dict,
 )
@@ -192,7 +192,7 @@ def fit(
         | (settings or {}),
     }
     if trainable is not None:
-        frozen = split_params(params or {}, trainable, config, jax.random.key(seed))[1]
+        frozen = frozen_params(params or {}, trainable, config)
         identity["run"] |= {
             "trainable": trainable_to_dict(trainable),
             "frozen_sha256": params_sha256(frozen or {}),
@@ -349,13 +349,13 @@ class _Run:
     ) -> FitResult:
         """Runs the steps that are left."""
         start_step = self.step
+        self.devices = devices.describe(sharding.mesh_devices(self.mesh))
         trained = ""
         if self.trainable is not None:
             count = count_specs(trainable_specs(self.config, self.trainable))
             trained = f" ({quantity(count)} trained)"
         shown.message(
-            f"{quantity(count_params(self.config))} parameters{trained} on "
-            f"{devices.describe(sharding.mesh_devices(self.mesh))}, "
+            f"{quantity(count_params(self.config))} parameters{trained} on {self.devices}, "
             f"{self.steps - start_step} steps"
             + (f" (resuming at step {start_step})" if start_step else "")
         )
@@ -365,7 +365,6 @@ class _Run:
             compiled = step_function.lower(state, batch).compile()
             self.compile_seconds += time.perf_counter() - begin
         self.peak_bytes = devices.peak_bytes(compiled)
-        self.devices = devices.describe(sharding.mesh_devices(self.mesh))
         meter = _Meter(self.config, self.mesh, self.trainable, self.tokens_per_step)
         pending: dict[str, jax.Array] | None = None
         stopped = hosts.StopVote()

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax.adapters import (
+    frozen_params,
     join_params,
     merge_params,
-    split_params,
     trainable_from_dict,
     trainable_shardings,
     trainable_specs,
@@ -180,7 +180,7 @@ def _load_checkpoint(
         if metadata["run"].get("frozen_dtype") == "bfloat16":
             narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
             model = replace(model, params=narrow)
-        _, frozen = split_params(model.params, trainable, config, jax.random.key(0))
+        frozen = frozen_params(model.params, trainable, config)
         if params_sha256(frozen or {}) != metadata["run"]["frozen_sha256"]:
             name = "the model given" if isinstance(base, Model) else base or metadata.get("base")
             raise UserError(
