@@ -28,6 +28,8 @@ LANGUAGES = {
     "ru": "Russian",
     "zh": "Chinese",
 }
+# What ends an answer where a conversation is spelled as text.
+_NEXT_TURN = "\n\nUser:"
 _TEST_STEMS = ("dev", "validation", "val", "test")
 
 
@@ -244,9 +246,8 @@ def conversation(
             found.append(Item(tuple(before), (last["content"],), _opening(before)))
         return found
 
-    learned, measured = _sides(items, train, test, held_out)
-    stop = "\n\nUser:"
-    return Task("chat", learned, measured, stop=stop, max_new_tokens=max_new_tokens)
+    sides = _sides(items, train, test, held_out)
+    return Task("chat", *sides, stop=_NEXT_TURN, max_new_tokens=max_new_tokens)
 
 
 def preference(
@@ -288,9 +289,8 @@ def preference(
             found.append(Item(tuple(before), answers, _opening(before)))
         return found
 
-    learned, measured = _sides(items, train, test, held_out)
-    stop = "\n\nUser:"
-    return Task("preference", learned, measured, stop=stop, max_new_tokens=max_new_tokens)
+    sides = _sides(items, train, test, held_out)
+    return Task("preference", *sides, stop=_NEXT_TURN, max_new_tokens=max_new_tokens)
 
 
 def _last_words(record: Record, name: str) -> str:
