@@ -1,7 +1,9 @@
 """Adapters in PEFT's layout, against PEFT on transformers."""
 
 import json
+import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,32 @@ def test_a_run_becomes_an_adapter(tmp_path: Path, rng: np.random.Generator, comm
     trained, _ = split_params(again.params, lora_of(again.params), model.config, jax.random.key(0))
     for path, leaf in flat(more.state.params).items():
         assert 0 < np.abs(leaf - flat(trained)[path]).max() < 0.02, path
+
+
+def test_an_adapter_on_the_hub(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    model, _ = seeded_model(CASES["gpt2"])
+    lora = LoRA(2, 4.0, ("blocks.attention.query",))
+    wanted = adapted(model, drawn(model, lora, rng), lora)
+    save_adapter(wanted, tmp_path / "all", base="someone/base")
+    save_pretrained(model, tmp_path / "base")
+
+    def snapshot(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        folder = tmp_path / {"someone/adapter": "all", "someone/base": "base"}[name]
+        kept = tmp_path / name
+        kept.mkdir(parents=True)
+        for file in folder.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, kept)
+        return str(kept)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    read = flat(load("someone/adapter").params)
+    for path, leaf in flat(merge_params(wanted.params)).items():
+        np.testing.assert_allclose(read[path], leaf, atol=1e-5, err_msg=path)
 
 
 def damaged(folder: Path, changes: dict[str, Any]) -> None:

@@ -355,7 +355,7 @@ def test_json_that_is_a_pointer(gpt2: Path) -> None:
     [
         (["config.json", "pytorch_model.bin"], "pickled weights alone"),
         (["a.Q4_K.gguf", "README.md"], r"hf download someone/model a\.Q4_K\.gguf"),
-        (["adapter_config.json", "adapter_model.safetensors"], "an adapter"),
+        (["adapter_config.json", "adapter_model.bin"], "pickled weights alone"),
         (["README.md"], "no safetensors"),
     ],
 )
