@@ -1,14 +1,14 @@
 """Causal attention: one function for every caller, and the backends behind it."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.devices import platform
 from gptjax.ring import ring_attention
-from gptjax.sharding import axis_parts, on_each_device
+from gptjax.sharding import axis_parts
+from gptjax.splash import SPLASH_BLOCK, splash_attention
 
 
 def attention(
@@ -29,9 +29,9 @@ def attention(
     its own segment. Every query sees at least itself, so that no row of the softmax is empty.
 
     Whole sequences go round a ring where the mesh in force splits them (`ring_attention`), and on a
-    TPU through a kernel that never writes the scores to memory (`_splash`), where it takes them:
-    lengths of whole blocks, one reach for all, a mesh in force or one device. Dropout is in
-    neither, since its bits would be the mesh's.
+    TPU through a kernel that never writes the scores to memory (`splash_attention`), where it
+    takes them: lengths of whole blocks, one reach for all, a mesh in force or one device. Dropout
+    is in neither, since its bits would be the mesh's.
 
     Args:
         q_BTHC: queries, `[B, T, H, C]`.
@@ -57,8 +57,8 @@ def attention(
             return ring_attention(q_BTHC, k_BSKC, v_BSKC, window=window, segments=query_segments)
         # The kernel is never split over devices but by hand, for which a mesh must be in force.
         placed = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
-        if platform() == "tpu" and placed and window is None and T % _SPLASH_BLOCK == 0:
-            return _splash(q_BTHC, k_BSKC, v_BSKC, query_segments)
+        if platform() == "tpu" and placed and window is None and T % SPLASH_BLOCK == 0:
+            return splash_attention(q_BTHC, k_BSKC, v_BSKC, query_segments)
     # Batch dimensions in front: the layout that batched products are fastest in on every backend.
     q_BKNC = jnp.transpose(q_BTHC.reshape(B, T, K, G, C), (0, 2, 3, 1, 4)).reshape(B, K, G * T, C)
     k_BKSC = jnp.transpose(k_BSKC, (0, 2, 1, 3))
@@ -93,60 +93,6 @@ def attention(
 def row_bernoulli(keys_B: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """True at a rate: `[B, *shape]`, each row from its own key, so that no row knows of others."""
     return jax.vmap(lambda key: jax.random.bernoulli(key, rate, shape))(keys_B)
-
-
-_SPLASH_BLOCK = 128
-"""The kernel's sequence lengths are multiples of it."""
-
-
-def _splash(
-    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, segments_BT: jax.Array | None
-) -> jax.Array:
-    """JAX's TPU kernel for sparse masks, forward and backward, on each device's rows and heads."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernel,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_mask as masks,
-    )
-
-    T, H, C = q_BTHC.shape[1:]
-    heads = H // axis_parts("heads")
-    # Large blocks: small ones wait for memory.
-    block = next(n for n in (512, 256, _SPLASH_BLOCK) if T % n == 0)
-    sizes = kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    attend = kernel.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((T, T))] * heads),
-        block_sizes=sizes,
-        head_shards=1,
-        q_seq_shards=1,
-    )
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:
-        # The kernel does not scale, and has heads in front.
-        q = q * jnp.asarray(1 / math.sqrt(C), q.dtype)
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        out: Any = jax.vmap(attend)(q, k, v, *(kernel.SegmentIds(s, s) for s in segments))
-        return jnp.swapaxes(out, 1, 2)
-
-    queries, keys = ("batch", None, "heads", "head"), ("batch", None, "kv_heads", "head")
-    inputs = [q_BTHC, k_BTKC, v_BTKC]
-    axes: list[tuple[str | None, ...]] = [queries, keys, keys]
-    if segments_BT is not None:
-        inputs.append(segments_BT)
-        axes.append(("batch", None))
-    mesh = jax.sharding.get_abstract_mesh()
-    function = local if mesh.empty else on_each_device(local, axes, queries)
-    return function(*inputs)
 
 
 def _probabilities(q_BKNC: jax.Array, k_BKSC: jax.Array, visible_BKNS: jax.Array) -> jax.Array:
