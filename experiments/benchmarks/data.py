@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/data.py --tokenizer FOLDER
 
-prints two tables in Markdown. FOLDER holds GPT-2's tokenizer.json, or vocab.json and merges.txt.
+FOLDER holds GPT-2's tokenizer.json, or vocab.json and merges.txt.
 The text is the Python standard library's own source, or `--data`.
 """
 
@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from measuring import machine
+from measuring import Column, Report
 
 from gptjax.command_line import parse_flags, run_command
 from gptjax.data import BatchLoader, load_corpus, read_documents
@@ -38,6 +38,8 @@ class Settings:
         context_length: Tokens of a row.
         shard_tokens: Tokens of a file where there are several.
         batches: How many are read.
+        json: A file to write the results to.
+        png: A picture of megabytes a second.
     """
 
     tokenizer: str
@@ -47,19 +49,21 @@ class Settings:
     context_length: int = 1024
     shard_tokens: int = 1 << 20
     batches: int = 500
+    json: Path | None = None
+    png: Path | None = None
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Measures both."""
     settings = parse_flags(Settings, None, __doc__ or "", None)
     tokenizer = read_tokenizer(settings.tokenizer)
     if not isinstance(tokenizer, BPETokenizer):
         raise UserError(f"no BPE tokenizer in {settings.tokenizer!r}: give a folder with one")
-    print(machine())
+    report = Report("From text to token shards", settings)
+    reading = Report("Batches read at random places", settings)
     with tempfile.TemporaryDirectory() as folder:
         source = settings.data or standard_library(Path(folder) / "library.jsonl")
-        print("\n| tokenizer of | MB | seconds | MB/s | MB a second of CPU |\n|" + " --- |" * 5)
-        print_row("the library, its threads", *library_alone(tokenizer, source))
+        add(report, "the library, its threads", *library_alone(tokenizer, source))
         for workers in settings.workers:
             started = cpu_seconds()
             done = tokenize(
@@ -71,7 +75,8 @@ def main() -> None:
                 progress=False,
             )
             label = f"gptjax, {workers} worker{'s' if workers > 1 else ''}"
-            print_row(label, done.text_bytes, done.seconds, cpu_seconds() - started)
+            add(report, label, done.text_bytes, done.seconds, cpu_seconds() - started)
+        report.show(COLUMNS)
         tokenize(
             source,
             Path(folder) / "several",
@@ -79,12 +84,23 @@ def main() -> None:
             progress=False,
             shard_tokens=settings.shard_tokens,
         )
-        print("\n| tokens in | batches/s | tokens/s |\n| --- | --- | --- |")
         for name in ("one", "several"):
             rate = read_rate(Path(folder) / name, settings)
             tokens = rate * settings.batch_size * settings.context_length
             files = len(list((Path(folder) / name).glob("train-*.bin")))
-            print(f"| {files} file{'s' if files > 1 else ''} | {rate:.0f} | {tokens:.3g} |")
+            label = f"{files} file{'s' if files > 1 else ''}"
+            reading.add(label, tokens_per_second=tokens, batches_per_second=rate)
+    reading.show(COLUMNS)
+    report.extra["reading"] = reading.rows
+    report.save(settings.json, settings.png, "bytes_per_second")
+
+
+COLUMNS = {
+    "bytes": Column("MB", 1, 1e-6),
+    "bytes_per_second": Column("MB/s", 1, 1e-6),
+    "bytes_per_cpu_second": Column("MB a second of CPU", 1, 1e-6),
+    "batches_per_second": Column("batches/s", 0),
+}
 
 
 def standard_library(path: Path) -> Path:
@@ -118,11 +134,10 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def print_row(label: str, text_bytes: int, seconds: float, cpu: float) -> None:
-    """Prints a line of the first table."""
-    size = text_bytes / 1e6
-    cells = f"{size:.1f} | {seconds:.2f} | {size / seconds:.1f} | {size / cpu:.1f}"
-    print(f"| {label} | {cells} |", flush=True)
+def add(report: Report, label: str, text_bytes: int, seconds: float, cpu: float) -> None:
+    """Adds a row."""
+    rates = {"bytes_per_second": text_bytes / seconds, "bytes_per_cpu_second": text_bytes / cpu}
+    report.add(label, bytes=text_bytes, seconds=seconds, **rates)
 
 
 def read_rate(folder: Path, settings: Settings) -> float:

@@ -3,10 +3,9 @@
 python experiments/benchmarks/generation.py --turns 3
 """
 
+import contextlib
 import importlib.util
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import in_own_process, machine
+from measuring import Column, Report, Worker, in_turns, peak_memory
 
 from gptjax.command_line import configure_jax, parse_flags, run_command
-from gptjax.config import preset
+from gptjax.config import ComputeDtype
 from gptjax.errors import UserError
+from gptjax.planning.inputs import read_model
 
 GPTJAX, TRANSFORMERS = "gptjax", "transformers"
 
@@ -28,16 +28,19 @@ class Settings:
     """Times greedy generation of a model with random weights.
 
     Attributes:
-        model: A preset in GPT-2's shape.
+        model: A preset in GPT-2's shape, or a folder with such a config.json.
         batches: Prompts at once, one measurement each.
         prompt: Tokens of each prompt.
         new: Tokens to add to each.
         queue: Prompts in a further measurement, each with up to twice as many tokens as `prompt`
             and up to `new` to add: gptjax as a queue, transformers in padded batches; 0 for none.
         slots: Of the queue, and rows of the padded batches.
+        dtype: Of weights and matrix work.
+        transformers: Whether to compare with transformers, where that is installed.
         turns: How often each engine is measured, by turns.
-        repeats: Calls timed in a measurement, after one that compiles.
+        repeats: Calls timed in a turn; one before all turns compiles.
         json: A file to write the results to.
+        png: A picture of tokens a second.
     """
 
     model: str = "gpt2"
@@ -46,24 +49,33 @@ class Settings:
     new: int = 100
     queue: int = 64
     slots: int = 8
+    dtype: ComputeDtype = "float32"
+    transformers: bool = True
     turns: int = 3
     repeats: int = 3
     json: Path | None = None
+    png: Path | None = None
 
 
 def gptjax_engine(settings: Settings, batch: int | None) -> Callable[[], int]:
     """A function that generates, and returns how many tokens it made."""
     configure_jax()
     import jax
+    import jax.numpy as jnp
 
     from gptjax.batching import generate_queue
+    from gptjax.devices import compute_dtype
     from gptjax.generation import generate
     from gptjax.layouts import decoding_params
     from gptjax.params import init_params
     from gptjax.sampling import Sampling
 
-    config = preset(settings.model).replace(compute_dtype="float32")
-    params = decoding_params(init_params(config, jax.random.key(0)), config)
+    config = read_model(settings.model).replace(compute_dtype=settings.dtype)
+    params = init_params(config, jax.random.key(0))
+    if compute_dtype(config) != jnp.float32:
+        # Weights are stored in the dtype that they are used in, as the peer's are.
+        params = jax.tree.map(lambda x: x.astype(compute_dtype(config)), params)
+    params = decoding_params(params, config)
     sampling = Sampling(max_new_tokens=settings.new, temperature=0)
     if batch is None:
         queue, limits = ragged_prompts(settings)
@@ -80,11 +92,11 @@ def gptjax_engine(settings: Settings, batch: int | None) -> Callable[[], int]:
 
 
 def transformers_engine(settings: Settings, batch: int | None) -> Callable[[], int]:
-    """The same by transformers, as its documentation has it for a CPU."""
-    import torch
-    import transformers
+    """The same by transformers' `generate`, on a GPU where there is one."""
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
-    config = preset(settings.model)
+    config = read_model(settings.model)
     model: Any = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=config.vocab_size,
@@ -94,13 +106,17 @@ def transformers_engine(settings: Settings, batch: int | None) -> Callable[[], i
             n_head=config.num_heads,
         )
     )
-    model.eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device == "cuda")
+    model = model.eval().to(device, torch.bfloat16 if half else torch.float32)
 
     def made(prompts: Any, mask: Any, new: int) -> None:
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": new}
         options |= {"min_new_tokens": new, "pad_token_id": 0}
         with torch.inference_mode():
-            model.generate(prompts, attention_mask=mask, **options)
+            out = model.generate(prompts.to(device), attention_mask=mask.to(device), **options)
+        # Fetched, as gptjax's are.
+        out.tolist()
 
     def run_batch() -> int:
         prompts = torch.from_numpy(random_prompts(settings, batch or 0))
@@ -124,12 +140,12 @@ def transformers_engine(settings: Settings, batch: int | None) -> Callable[[], i
 def random_prompts(settings: Settings, batch: int) -> np.ndarray:
     """`[batch, prompt]` token ids; the time depends on no values."""
     shape = (batch, settings.prompt)
-    return np.random.default_rng(0).integers(0, preset(settings.model).vocab_size, shape)
+    return np.random.default_rng(0).integers(0, read_model(settings.model).vocab_size, shape)
 
 
 def ragged_prompts(settings: Settings) -> tuple[list[list[int]], list[int]]:
     """The prompts of the queue, and how many tokens are to be added to each."""
-    rng, vocabulary = np.random.default_rng(0), preset(settings.model).vocab_size
+    rng, vocabulary = np.random.default_rng(0), read_model(settings.model).vocab_size
     lengths = rng.integers(1, 2 * settings.prompt + 1, settings.queue)
     limits = rng.integers(1, settings.new + 1, settings.queue)
     return [rng.integers(0, vocabulary, n).tolist() for n in lengths], limits.tolist()
@@ -138,50 +154,67 @@ def ragged_prompts(settings: Settings) -> tuple[list[list[int]], list[int]]:
 ENGINES = {GPTJAX: gptjax_engine, TRANSFORMERS: transformers_engine}
 
 
-def measure(name: str, settings: Settings, batch: int | None) -> dict[str, float]:
-    """Tokens a second, median of the repeats, and the seconds of the first call."""
+def build(name: str, settings: Settings, batch: int | None) -> Callable[[], dict[str, float]]:
+    """A measurement of an engine, which has made its first tokens."""
     run = ENGINES[name](settings, batch)
     start = time.perf_counter()
     run()
     first = time.perf_counter() - start
-    rates = []
-    for _ in range(settings.repeats):
-        start = time.perf_counter()
-        made = run()
-        rates.append(made / (time.perf_counter() - start))
     due = sum(ragged_prompts(settings)[1]) if batch is None else batch * settings.new
-    if made != due:
-        raise RuntimeError(f"{made} tokens were made, not {due}")
-    return {"rate": statistics.median(rates), "first": first}
+
+    def measure() -> dict[str, float]:
+        rates = []
+        for _ in range(settings.repeats):
+            start = time.perf_counter()
+            made = run()
+            rates.append(made / (time.perf_counter() - start))
+            if made != due:
+                raise RuntimeError(f"{made} tokens were made, not {due}")
+        return {"rate": statistics.median(rates), "first": first, "peak": device_memory(name)}
+
+    return measure
+
+
+def device_memory(name: str) -> int:
+    """The most memory that the engine has held: a GPU's own, or this process's."""
+    if name == GPTJAX:
+        import jax
+
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return stats.get("peak_bytes_in_use") or peak_memory()
+    import torch  # pyright: ignore[reportMissingImports]
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
 
 
 def main() -> None:
     settings = parse_flags(Settings, Settings(), str(__doc__))
     if min(settings.turns, settings.repeats, settings.slots, *settings.batches) < 1:
         raise UserError("turns, repeats, slots and batches are at least 1")
-    both = all(importlib.util.find_spec(name) for name in ("torch", TRANSFORMERS))
+    both = settings.transformers and all(map(importlib.util.find_spec, ("torch", TRANSFORMERS)))
     names = [GPTJAX, TRANSFORMERS] if both else [GPTJAX]
-    results = []
+    lengths = f"prompts of {settings.prompt}, {settings.new} new tokens"
+    report = Report(f"Greedy generation, {settings.model}, {settings.dtype}, {lengths}", settings)
     for batch in [*settings.batches, *([None] if settings.queue else [])]:
-        title = f"queue of {settings.queue}" if batch is None else f"batch {batch}"
-        turns = []
-        for turn in range(settings.turns):
-            print(f"{title}: turn {turn + 1} of {settings.turns}", file=sys.stderr)
-            turns.append({name: in_own_process(measure, name, settings, batch) for name in names})
-        rates = {name: statistics.median(turn[name]["rate"] for turn in turns) for name in names}
-        line = ", ".join(f"{name} {rate:.1f} tokens/s" for name, rate in rates.items())
-        result: dict[str, Any] = {"task": title, "rates": rates, "turns": turns}
+        task = f"queue of {settings.queue}" if batch is None else f"batch {batch}"
+        with contextlib.ExitStack() as stack:
+            environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            workers = {}
+            for name in names:
+                worker = Worker(build, name, settings, batch, environment=environment)
+                workers[name] = stack.enter_context(worker)
+                worker.wait()
+            found = in_turns(workers, settings.turns)
+        for name, turns in found.items():
+            rates = [turn["rate"] for turn in turns]
+            times = {"first_seconds": turns[0]["first"], "peak_bytes": turns[-1]["peak"]}
+            report.add(f"{task}, {name}", tokens_per_second=rates, **times)
         if both:
-            ratios = [turn[GPTJAX]["rate"] / turn[TRANSFORMERS]["rate"] for turn in turns]
-            result["ratio"] = statistics.median(ratios)
-            line += f"; {result['ratio']:.2f} times ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{title}: {line}", flush=True)
-        results.append(result)
-    facts = machine()
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    if settings.json is not None:
-        text = json.dumps({"machine": facts, "results": results}, indent=2)
-        settings.json.write_text(text + "\n", encoding="utf-8")
+            pairs = zip(found[GPTJAX], found[TRANSFORMERS], strict=True)
+            ratios = [ours["rate"] / theirs["rate"] for ours, theirs in pairs]
+            report.add(f"{task}, {GPTJAX}", ratio=ratios)
+    report.show({"first_seconds": Column("first call s", 2)})
+    report.save(settings.json, settings.png, "tokens_per_second")
 
 
 if __name__ == "__main__":

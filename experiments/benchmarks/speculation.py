@@ -3,11 +3,11 @@
 python experiments/benchmarks/speculation.py --turns 5
 """
 
-import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from measuring import machine
+from measuring import Report
 
 from gptjax.command_line import configure_jax, parse_flags, run_command
 
@@ -28,12 +28,16 @@ class Settings:
         new: Tokens to add.
         tokens: How many are proposed at once.
         turns: How often each is measured, by turns, after one call that compiles.
+        json: A file to write the results to.
+        png: A picture of tokens a second.
     """
 
     model: str = "smollm2"
     new: int = 70
     tokens: int = 8
     turns: int = 5
+    json: Path | None = None
+    png: Path | None = None
 
 
 def main() -> None:
@@ -67,10 +71,13 @@ def main() -> None:
         plain.append(one)
         fast.append(other)
     ratios = [one / other for one, other in zip(plain, fast, strict=True)]
-    print(f"{len(row)} tokens: plain {statistics.median(plain):.2f} s, ", end="")
-    print(f"with look-up {statistics.median(fast):.2f} s, ", end="")
-    print(f"{statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})")
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    report = Report(f"{settings.model} repeats its prompt: {len(row)} greedy tokens", settings)
+    report.add("plain", tokens_per_second=[len(row) / one for one in plain], seconds=plain)
+    rates = [len(row) / one for one in fast]
+    report.add("prompt look-up", tokens_per_second=rates, seconds=fast, ratio=ratios)
+    report.notes.append("The peer of the ratio is plain decoding.")
+    report.show()
+    report.save(settings.json, settings.png, "tokens_per_second")
 
 
 if __name__ == "__main__":

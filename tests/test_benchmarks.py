@@ -1,0 +1,411 @@
+"""The benchmark scripts: what they measure adds up, in small; how they fail and go on."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import REPOSITORY, Command
+
+import gptjax
+from gptjax.devices import CHIPS
+from gptjax.params import count_params, flops_per_token
+
+BENCHMARKS = REPOSITORY / "experiments" / "benchmarks"
+LIMIT_SECONDS = 600
+SMALL = ("--turns", "2", "--warmup", "1", "--steps", "3")
+
+PEER = """
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.table = torch.nn.Embedding(config.vocab_size, config.n_embd)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        print("what a peer prints")
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas)
+
+    def forward(self, x, y):
+        logits = self.table(x) @ self.table.weight.T
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+"""
+
+PEER_RUN = """
+import sys, time
+
+for step, loss in ((0, 4.2), (2, 3.9), (4, 1.4)):
+    print(f"step {step}: train loss 1.0, val loss {loss:.4f}", flush=True)
+    time.sleep(0.2)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def scripts_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def load(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    shape = {"vocab_size": 64, "n_positions": 16, "n_embd": 16, "n_layer": 4, "n_head": 2}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"} | shape))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands for nanoGPT: its interface, and a run that prints as its own does."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "model.py").write_text(PEER)
+    (folder / "train.py").write_text(PEER_RUN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "input.txt"
+    path.write_text("".join(np.random.default_rng(3).choice(list("abcdef \n"), 900)))
+    return path
+
+
+def run(name: str, tmp_path: Path, *args: object) -> tuple[dict[str, Any], str]:
+    """Runs a script as people start it: its JSON, and what it printed."""
+    out, png = tmp_path / f"{name}.json", tmp_path / f"{name}.png"
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(gptjax.__file__).parents[1]),
+        "JAX_PLATFORMS": "cpu",
+        "GPTJAX_CACHE": str(tmp_path / "cache"),
+        "NO_COLOR": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / f"{name}.py", *map(str, args), "--json", out, "--png", png],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert png.stat().st_size > 5000
+    values = json.loads(out.read_text())
+    assert values["machine"]["jax"]
+    return values, done.stdout
+
+
+def test_training_measures_in_turns_with_its_peers(tmp_path: Path, model: Path, clone: Path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    size = ("--model", model, "--batch-size", 4, "--accumulate", 2, "--dtype", "float32")
+    peers = ("--nanogpt", clone, "--transformers", "True", "--matrix-rate", 1e9)
+    trace = ("--profile", tmp_path / "trace")
+    values, printed = run("training", tmp_path, *size, *SMALL, *peers, *trace)
+    assert set(values["rows"]) == {"gptjax", "nanoGPT", "transformers"}
+    assert "what a peer prints" not in printed
+    config = load("training").read_model(str(model))
+    assert values["flops_per_token"] == flops_per_token(config)
+    for row in values["rows"].values():
+        for rate, middle, mfu in zip(
+            row["tokens_per_second"], row["milliseconds"], row["mfu"], strict=True
+        ):
+            assert rate == pytest.approx(4 * 16 / middle * 1e3)
+            assert mfu == pytest.approx(rate * flops_per_token(config) / values["peak_flops"])
+        assert len(row["milliseconds"]) == 2
+        assert all(a <= b for a, b in zip(row["fastest"], row["milliseconds"], strict=True))
+        assert row["peak_bytes"] > 2**24
+    rates = {name: row["tokens_per_second"] for name, row in values["rows"].items()}
+    expected = [a / b for a, b in zip(rates["gptjax"], rates["nanoGPT"], strict=True)]
+    assert values["rows"]["gptjax"]["ratio_nanoGPT"] == pytest.approx(expected)
+    inverse = values["step_time_ratio"]["nanoGPT"]["median"]
+    assert [1 / ratio for ratio in inverse] == pytest.approx(expected)
+    assert 0 < min(values["profile"]["explained"]) <= 1
+    assert len(values["profile"]["costliest"]) == 10
+    assert "costliest operations" in printed
+    assert "MFU = tokens/s ×" in printed
+
+
+def test_each_way_to_unroll_is_a_row(tmp_path: Path, model: Path):
+    size = ("--model", model, "--batch-size", 2, "--scan-unroll", 1, 4, "--remat", "none", "full")
+    values, _ = run("training", tmp_path, *size, *SMALL)
+    assert len(values["rows"]) == 4
+    assert "gptjax, remat full, 4 blocks a turn" in values["rows"]
+
+
+def test_the_first_way_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch, model: Path):
+    training = load("training")
+    asked = []
+
+    class Scarce:
+        def __init__(self, _: Any, recipe: Any, environment: Any):
+            self.recipe = recipe
+
+        def __enter__(self) -> "Scarce":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+        def wait(self) -> None:
+            asked.append((self.recipe.accumulate, self.recipe.model.remat))
+            if self.recipe.accumulate < 4 or self.recipe.model.remat == "none":
+                raise training.DoesNotFitError("RESOURCE_EXHAUSTED")
+
+        def __call__(self, steps: int) -> dict[str, Any]:
+            facts = {"device": "one", "kind": "none", "devices": 1, "peak_flops": 1e9}
+            times = {"milliseconds": [1.0] * steps, "compile_seconds": 1.0, "peak_bytes": 1}
+            return facts | times
+
+    monkeypatch.setattr(training, "Worker", Scarce)
+    ways = {"accumulate": (2, 4, 8), "remat": ("none", "dots"), "first_that_fits": True}
+    settings = training.Settings(model=str(model), batch_size=8, **ways)
+    report, fitted = training.measure(settings)
+    assert asked == [(2, "none"), (2, "dots"), (4, "none"), (4, "dots")]
+    assert [(r.accumulate, r.model.remat) for r in fitted.values()] == [(4, "dots")]
+    assert next(iter(report.rows.values()))["tokens_per_second"] == "does not fit"
+    with pytest.raises(gptjax.UserError, match="does not fit in memory"):
+        training.measure(training.Settings(model=str(model), batch_size=8))
+
+
+def answer(value: Any) -> Any:
+    """What a worker's process builds."""
+    if value == "too large":
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory allocating")
+    calls = []
+
+    def function(more: int) -> tuple[Any, int, int]:
+        if more < 0:
+            raise ValueError("below zero")
+        if more == 99:
+            os.kill(os.getpid(), 9)
+        calls.append(more)
+        return value, len(calls), os.getpid()
+
+    return function
+
+
+def test_workers_are_processes_that_stay(monkeypatch: pytest.MonkeyPatch):
+    measuring = load("measuring")
+    with measuring.Worker(answer, "a") as a, measuring.Worker(answer, "b") as b:
+        a.wait()
+        b.wait()
+        found = measuring.in_turns({"a": a, "b": b}, 2, 5)
+        assert [(value, call) for value, call, _ in found["a"]] == [("a", 1), ("a", 2)]
+        processes = {process for turns in found.values() for _, _, process in turns}
+        assert len(processes) == 2
+        assert os.getpid() not in processes
+        with pytest.raises(RuntimeError, match="below zero"):
+            a(-1)
+        with pytest.raises(measuring.DoesNotFitError, match="status -9"):
+            b(99)
+    large = measuring.Worker(answer, "too large")
+    with large, pytest.raises(measuring.DoesNotFitError, match="RESOURCE_EXHAUSTED"):
+        large.wait()
+
+
+def test_mistakes_are_one_line(tmp_path: Path, model: Path, text: Path, command: Command):
+    for name, args, parts in [
+        ("training", ["--turns", 0], ("turns is 0",)),
+        ("training", ["--nanogpt", tmp_path], ("no model.py",)),
+        ("training", ["--model", "gpt-2"], ("'gpt-2'", "'gpt2'")),
+        ("training", ["--accumulate", 5], ("batch_size 12", "5 microbatches")),
+        ("roofline", ["--chip", "h10"], ("'h10'", "'h100'")),
+        ("roofline", ["--chip", "l4"], ("memory rate",)),
+        ("gpu", ["--out", tmp_path / "o", "--only", "gpt-2"], ("'gpt-2'", "'gpt2'")),
+        ("gpu", ["--out", tmp_path / "o", "--data", tmp_path / "x"], ("is not there",)),
+        ("shakespeare", ["--data", tmp_path / "x"], ("is not there",)),
+        ("shakespeare", ["--data", text, "--nanogpt", tmp_path], ("no train.py",)),
+        ("start_up", ["--turns", 0], ("turns is 0",)),
+        ("loading", ["--turns", 0], ("turns is 0",)),
+        ("scaling", ["--batches", 4], ("two or more",)),
+    ]:
+        status, _, error = command(f"benchmarks/{name}", *args)
+        assert (status, error.count("\n")) == (2, 1), (name, args, error)
+        for part in parts:
+            assert part in error, (part, error)
+
+
+def test_a_roofline_counts_what_a_model_needs(rng: np.random.Generator):
+    roofline = load("roofline")
+    heads = int(rng.integers(1, 5)) * 2
+    config = gptjax.ModelConfig(
+        vocab_size=int(rng.integers(10, 999)),
+        num_layers=int(rng.integers(1, 9)),
+        embed_dim=heads * 8 * int(rng.integers(1, 5)),
+        num_heads=heads,
+        num_kv_heads=2,
+        gated_mlp=bool(rng.integers(2)),
+    )
+    rows, context = int(rng.integers(1, 9)), int(rng.integers(2, 99))
+    found = roofline.operations(config, rows, context)
+    tokens = rows * context
+    # Twelve for full attention, forward and backward, are seven for half of it with the scores
+    # computed again.
+    attention = config.num_layers * config.num_heads * config.head_width * context
+    needed = (flops_per_token(config, context) - (12 - 7) * attention) * tokens
+    assert sum(operation.flops for operation in found) == pytest.approx(needed)
+    [optimizer] = [o.moved for o in found if o.part == "optimizer"]
+    assert optimizer == 32 * count_params(config)
+    # A step with more microbatches reads the weights more often, and computes the same.
+    more = roofline.operations(config, rows, context, accumulate=4)
+    assert sum(o.flops for o in more) == pytest.approx(needed)
+    assert sum(o.moved for o in more) > sum(o.moved for o in found)
+    again = roofline.operations(config.replace(remat="full"), rows, context)
+    blocks = sum(o.flops for o in found if o.part in ("attention", "mlp"))
+    scores = 7 * attention * tokens
+    extra = (blocks - scores) / 3 + scores * 2 / 7
+    assert sum(o.flops for o in again) == pytest.approx(needed + extra)
+    chip = CHIPS["h100"]
+    report = roofline.report(config, chip, rows, context, 1, {"mlp": 2.0, "other": 1.0})
+    assert report.rows["sum"]["measured"] == 3
+    assert report.rows["sum"]["flops"] == pytest.approx(needed)
+    assert report.rows.pop("other") == {"measured": 1.0}
+    for row in report.rows.values():
+        assert row["least"] >= max(row["compute"], row["memory"]) * (1 - 1e-9)
+        assert row["least"] <= row["compute"] + row["memory"] + 1e-12
+
+
+def test_several_turns_are_shown_by_their_middle():
+    column = load("measuring").Column("ms", 1, 1e3)
+    assert column.cell([0.004, 0.001, 0.003]) == "3.0 (1.0 to 4.0)"
+    assert column.cell([0.004]) == column.cell(0.004) == "4.0"
+    assert column.cell(None) == ""
+    assert load("measuring").Column("s", 0, ranged=False).cell([1.0, 2000.0, 3.0]) == "3"
+
+
+def test_cost_over_depth_and_batch(tmp_path: Path):
+    size = ("--width", 16, "--context", 8, "--layers", 1, "--steps", 2)
+    values, printed = run("scaling", tmp_path, *size, "--depths", 2, "--batches", 1, 3)
+    [row] = values["rows"].values()
+    assert row["per_layer"] == pytest.approx(row["tokens_per_second"] * 2)
+    one, three = (row["peak_bytes"] for row in values["memory"].values())
+    assert one < three
+    assert values["memory"]["batch 3"]["slope"] == (three - one) / 2
+    assert "Over batch" in printed
+
+
+def test_one_command_goes_on_where_it_was(tmp_path: Path):
+    gpu = load("gpu")
+    out = tmp_path / "out"
+
+    def start(*parts: str) -> str:
+        given = ("--small", "True", "--out", out, "--only", *parts)
+        done = subprocess.run(
+            [sys.executable, BENCHMARKS / "gpu.py", *given],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "GPTJAX_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "matrix-rate: done\n" in start("matrix-rate", "shakespeare")
+    before = (out / "matrix-rate.json").read_bytes()
+    assert "matrix-rate: done before" in start("matrix-rate", "gpt2-medium")
+    assert (out / "matrix-rate.json").read_bytes() == before
+    states = json.loads((out / "parts.json").read_text())
+    assert "--data" in states["shakespeare"]["state"]
+    report = json.loads((out / "report.json").read_text())
+    rate = report["results"]["matrix-rate"]["matrix_rate"]
+    [found] = [g for g in report["goals"] if g["goal"].startswith("GPT-2 350M")]
+    rows = report["results"]["gpt2-medium"]["rows"]
+    [row] = [row for row in rows.values() if "mfu" in row]
+    flops = report["results"]["gpt2-medium"]["flops_per_token"]
+    middle = np.median(row["tokens_per_second"])
+    assert found["found"] == pytest.approx(middle * flops / rate)
+    assert found["reached"] is bool(found["found"] >= 0.55)
+    text = (out / "report.md").read_text()
+    assert "GPT-2 350M" in text
+    assert "not measured" in text
+    assert "shrunk" in text
+    names = [part.name for part in gpu.parts(gpu.Settings(out=out))]
+    assert len(set(names)) == len(names)
+    assert {goal.part for goal in gpu.GOALS} <= set(names)
+
+
+def test_a_part_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    gpu = load("gpu")
+    script = tmp_path / "endless.py"
+    script.write_text("import subprocess, sys, time\n")
+    with script.open("a") as file:
+        file.write(f"child = subprocess.Popen(['sleep', '600']); open({str(tmp_path / 'pid')!r}, ")
+        file.write("'w').write(str(child.pid)); time.sleep(600)\n")
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    part = gpu.Part("endless", "endless.py", (), 3)
+    assert gpu.run_part(part, gpu.Settings(out=tmp_path), 3) == "ended after 3 s"
+    child = int((tmp_path / "pid").read_text())
+    stat = Path(f"/proc/{child}/stat")
+    # Gone, or not yet collected by the process that all orphans are given to.
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_a_run_is_timed_to_its_loss(tmp_path: Path, clone: Path, text: Path):
+    size = ("--tiny", "True", "--data", text, "--nanogpt", clone, "--only-nanogpt", "True")
+    values, _ = run("shakespeare", tmp_path, *size, "--target", 1.5)
+    row = values["rows"]["nanoGPT"]
+    assert row["best"] == 1.4
+    assert 0.3 < row["seconds"] < 50
+    assert [loss for _, loss in row["curve"]] == [4.2, 3.9, 1.4]
+
+
+@pytest.mark.slow
+def test_all_that_a_gpu_is_measured_by_runs_small(tmp_path: Path, clone: Path, text: Path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    args = ("--nanogpt", clone, "--data", text, "--all", "True", "--seconds", 3000)
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu.py", "--small", "True", "--out", out, *map(str, args)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "GPTJAX_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert done.returncode == 0, done.stderr
+    states = json.loads((out / "parts.json").read_text())
+    failed = {name: state for name, state in states.items() if state["state"] != "done"}
+    assert not failed, failed
+    report = json.loads((out / "report.json").read_text())
+    missing = [goal["goal"] for goal in report["goals"] if goal["found"] is None]
+    # The tiny model does not come to nanoGPT's loss.
+    assert [goal for goal in missing if "time to" not in goal] == []
+
+
+@pytest.mark.slow
+def test_text_becomes_shards_at_a_rate(tmp_path: Path, text: Path):
+    from gptjax.pretrained.tokenizer_files import write_tokenizer
+    from gptjax.tokenizer import BPETokenizer
+
+    write_tokenizer(BPETokenizer.train([text.read_text()], 300), tmp_path / "tokenizer")
+    size = ("--tokenizer", tmp_path / "tokenizer", "--data", text, "--workers", 1)
+    small = ("--context-length", 8, "--batch-size", 2, "--batches", 5)
+    values, _ = run("data", tmp_path, *size, *small)
+    assert values["reading"]["1 file"]["batches_per_second"] > 0
