@@ -124,6 +124,9 @@ class FineTuning:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
+_DEFAULTS = FineTuning(preset="", out="", data="")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SentimentTuning(FineTuning):
     """Likewise, to tell kinds of texts apart.
@@ -148,6 +151,21 @@ class TranslationTuning(FineTuning):
     columns: tuple[str, ...] = ("en", "zh")
     source: str = "zh"
     target: str = "en"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChineseTuning(TranslationTuning):
+    """Likewise, after a table of the tokens that Chinese needs.
+
+    Attributes:
+        text: What the table's vocabulary is trained and counted on, as the data of quickstart.py;
+            without it the source sentences of the data.
+        compare: What the table tells beside it: "bytes", folders with the files of a tokenizer, or
+            run folders.
+    """
+
+    text: str | None = None
+    compare: tuple[str, ...] = ("bytes",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +325,11 @@ def ask(tokenizer: Tokenizer, item: Item, shots: Sequence[Item] = ()) -> "str | 
 
 
 def measure(
-    model: Model, task: Task, items: Sequence[Item], shots: Sequence[Item], settings: FineTuning
+    model: Model,
+    task: Task,
+    items: Sequence[Item],
+    shots: Sequence[Item] = (),
+    settings: FineTuning = _DEFAULTS,
 ) -> Measured:
     """Answers items, and takes the likelihood of their right answers.
 
@@ -316,7 +338,7 @@ def measure(
         task: of the items.
         items: that fit the model's context.
         shots: examples of the prompt. Where they and an item do not fit, the last are left out.
-        settings: of the run.
+        settings: of the run, of which this takes `eval_batch_size` and `show`.
     """
     tokenizer = tokenizer_of(model)
     given = []
@@ -554,45 +576,61 @@ def _answered(item: Item) -> Message:
     return {"role": "assistant", "content": item.answers[0]}
 
 
-def _report(
-    measured: Mapping[str, Measured], task: Task, items: Sequence[Item], settings: FineTuning
+def print_measured(
+    measured: Mapping[str, Measured], task: Task, items: Sequence[Item], *, show: int = 3
 ) -> None:
-    """Prints and writes what was measured."""
+    """Prints a table of what was measured, and some answers side by side.
+
+    An accuracy comes with its 95 % interval (Wilson), any other figure with its standard error.
+    Where the task has labels, a first line tells what the commonest of the training items would
+    get.
+
+    Args:
+        measured: way -> what `measure` found of all the items.
+        task: of the items.
+        items: that were measured.
+        show: how many answers are printed.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    estimates = {way: found.estimates for way, found in measured.items()}
-    if task.labels:
-        common = Counter(item.answers[0] for item in task.train).most_common(1)[0][0]
-        right = [float(common in item.answers) for item in items]
-        estimates = {f"always {common!r}": {"accuracy": mean(right)}, **estimates}
-    names = list(estimates[WAYS[-1]])
+    estimates = _with_baseline(measured, task, items)
+    names = list(next(iter(measured.values())).estimates)
     table = Table(task.name, *names, box=None)
     for way, figures in estimates.items():
         table.add_row(
             way, *(_cell(name, figures[name]) if name in figures else "" for name in names)
         )
-    console = Console(highlight=False)
-    console.print(table)
+    Console(highlight=False).print(table)
     left_out = len(task.test) - len(items)
+    few_shot = measured.get("few-shot")
     print(
         f"{len(items)} test items"
         + (f" ({left_out} more are longer than the model's context)" if left_out else "")
-        + f", {_told_shots(measured)} few-shot; ± is the standard error"
+        + (f", {_told_shots(few_shot.shots)} few-shot" if few_shot else "")
+        + "; ± is the standard error"
         + (", brackets are 95 % intervals (Wilson)" if "accuracy" in names else "")
     )
-    for place, item in enumerate(items[: settings.show]):
-        print(f"\n{_spelled(item, ())[-500:]}\n  {'right':12}{item.answers[0]}")
+    width = max(map(len, ("right", *measured)))
+    for place, item in enumerate(items[:show]):
+        print(f"\n{_spelled(item, ())[-500:]}\n  {'right':{width}}  {item.answers[0]}")
         for way, found in measured.items():
-            print(f"  {way:12}{found.answers[place]}")
+            print(f"  {way:{width}}  {found.answers[place]}")
+
+
+def _report(
+    measured: Mapping[str, Measured], task: Task, items: Sequence[Item], settings: FineTuning
+) -> None:
+    """Prints and writes what was measured."""
+    print_measured(measured, task, items, show=settings.show)
     out = Path(settings.out)
     results = {
         "task": task.name,
         "settings": dataclasses.asdict(settings),
         "items": len(items),
-        "left_out": left_out,
+        "left_out": len(task.test) - len(items),
         "few_shot_examples": float(np.mean(measured["few-shot"].shots)),
-        "results": to_json(estimates),
+        "results": to_json(_with_baseline(measured, task, items)),
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     with (out / "items.jsonl").open("w", encoding="utf-8") as file:
@@ -604,9 +642,20 @@ def _report(
     print(f"\nfigures: {out / 'results.json'}, answers: {out / 'items.jsonl'}")
 
 
-def _told_shots(measured: Mapping[str, Measured]) -> str:
+def _with_baseline(
+    measured: Mapping[str, Measured], task: Task, items: Sequence[Item]
+) -> dict[str, dict[str, Estimate]]:
+    """The figures, after those of one who always says the commonest label."""
+    estimates = {way: found.estimates for way, found in measured.items()}
+    if not task.labels:
+        return estimates
+    common = Counter(item.answers[0] for item in task.train).most_common(1)[0][0]
+    right = [float(common in item.answers) for item in items]
+    return {f"always {common!r}": {"accuracy": mean(right)}, **estimates}
+
+
+def _told_shots(counts: Sequence[int]) -> str:
     """How many examples few-shot prompts had."""
-    counts = measured["few-shot"].shots
     least, most = min(counts), max(counts)
     if least == most:
         return f"{most} examples"

@@ -1,8 +1,10 @@
 """What a run tells: a line of metrics a step in files, and progress on the terminal."""
 
 import contextlib
+import html
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -90,7 +92,11 @@ class NoLog:
 
 
 def require_wandb() -> None:
-    """Raises the UserError that says that Weights & Biases is not installed, where it is not."""
+    """Raises the UserError that says that Weights & Biases is not installed, where it is not.
+
+    Raises:
+        UserError: if it is not installed.
+    """
     if importlib.util.find_spec("wandb") is None:
         raise UserError("Weights & Biases is asked for but not installed; pip install wandb")
 
@@ -113,9 +119,15 @@ def keep_steps(path: Path, last: int) -> None:
 
 
 class Progress:
-    """A bar with a text beside it on a terminal; elsewhere a line now and then.
+    """A bar with a text beside it on a terminal and in a notebook; elsewhere a line now and then.
 
     A context manager. `show=False` prints nothing at all.
+
+    Args:
+        steps: of the whole.
+        show: whether anything is printed.
+        task: what is being done.
+        unit: what a step is called.
     """
 
     def __init__(self, steps: int, show: bool = True, task: str = "training", unit: str = "step"):
@@ -126,6 +138,7 @@ class Progress:
         self._show = show
         self._console = Console(highlight=False, quiet=not show)
         self._live = show and self._console.is_terminal
+        self._inline = _InlineBar(steps, task) if show and self._console.is_jupyter else None
         self._last_line = time.monotonic()
         self._steps, self._unit = steps, unit
         self._bar = Bar(
@@ -147,7 +160,11 @@ class Progress:
         self._bar.stop()
 
     def message(self, text: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line above the bar; in a notebook below it."""
+        if self._inline is not None:
+            # As plain text: rich would give each line a block of its own.
+            print(text)
+            return
         self._console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
@@ -170,6 +187,9 @@ class Progress:
                 spinner.add_task(what, total=None)
                 yield
             self._bar.start()
+        elif self._inline is not None:
+            self._inline.update(self._inline.step, f"{what} …")
+            yield
         else:
             self.message(f"{what} …")
             yield
@@ -180,10 +200,43 @@ class Progress:
         if self._live:
             self._bar.update(self._task, completed=step, text=text)
             return
+        if self._inline is not None:
+            self._inline.update(step, text)
+            return
         now = time.monotonic()
         if now - self._last_line >= every_seconds or step == self._steps:
             self._last_line = now
             self.message(f"{self._unit} {step}/{self._steps}  {text}")
+
+
+class _InlineBar:
+    """A bar in a notebook's output, drawn anew in its place."""
+
+    def __init__(self, steps: int, task: str):
+        self._steps, self._task = steps, task
+        self.step = 0
+        self._handle: Any = None
+        self._drawn = -math.inf
+
+    def update(self, step: int, text: str, every_seconds: float = 0.5) -> None:
+        """Draws the bar at `step`, but not oftener than a browser can follow."""
+        self.step = step
+        now = time.monotonic()
+        if now - self._drawn < every_seconds and step != self._steps:
+            return
+        self._drawn = now
+        line = f"{step}/{self._steps}  {text}".rstrip()
+        shown = {
+            "text/plain": f"{self._task} {line}",
+            "text/html": f'{self._task} <progress value="{step}" max="{self._steps}"></progress> '
+            f"<code>{html.escape(line)}</code>",
+        }
+        if self._handle is None:
+            from IPython.display import display
+
+            self._handle = display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
 
 
 def duration(seconds: float) -> str:

@@ -29,6 +29,8 @@ _LEGEND = (0, 2, 4, 6, 8, 10, 12)
 class Score:
     """What a model makes of each token of a text. All have one entry a token.
 
+    A notebook shows one as the text, coloured as by `to_html`.
+
     Attributes:
         tokens: `[N]` int32, the ids of the text, without what the tokenizer puts before it.
         pieces: the text of each token. Joined they are the text, where the tokenizer gives it back
@@ -77,6 +79,13 @@ class Score:
         pieces = [piece for piece, known in zip(self.pieces, predicted, strict=True) if known]
         size = len("".join(pieces).encode("utf-8"))
         return float(self.bits[predicted].sum()) / size if size else math.nan
+
+    def _repr_html_(self) -> str:
+        """The text with its colours, inside a page that has a look of its own."""
+        return (
+            f'<div class="score"><style>{_TEXT_STYLE}</style>{_html_text(self)}'
+            f"<p>{_html_legend()}</p><p>{_summary(self)}</p></div>"
+        )
 
 
 def score(model: Model, texts: str | Sequence[str], *, batch_size: int = 8) -> list[Score]:
@@ -235,11 +244,14 @@ def print_score(score: Score, console: "Console | None" = None) -> None:
 _PAGE_STYLE = """
 :root { color-scheme: light dark; }
 body { max-width: 50rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 8;
-  font-family: ui-monospace, monospace; }
-.text span:hover { outline: 1px solid; }
-.text i::before { content: "\\21B5"; font-style: normal; opacity: .5; }
-.legend span { padding: .1rem .5rem; }
+"""
+# All under a class, so that nothing else on a page is changed by it.
+_TEXT_STYLE = """
+.score .text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 8;
+  font-family: ui-monospace, monospace; line-height: 1.6; }
+.score .text span:hover { outline: 1px solid; }
+.score .text i::before { content: "\\21B5"; font-style: normal; opacity: .5; }
+.score .legend span { padding: .1rem .5rem; }
 """
 
 
@@ -254,6 +266,27 @@ def to_html(score: Score, *, title: str = "Surprise") -> str:
         HTML that needs no other file, script or font. Hovering over a token tells its probability,
         rank and entropy.
     """
+    name = html.escape(title)
+    return f"""<!DOCTYPE html>
+<html>
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{name}</title>
+<style>{_PAGE_STYLE}{_TEXT_STYLE}</style>
+</head>
+<body class="score">
+<h1>{name}</h1>
+<p>{_summary(score)}</p>
+<p>{_html_legend()}</p>
+{_html_text(score)}
+</body>
+</html>
+"""
+
+
+def _html_text(score: Score) -> str:
+    """The text, of which each token has its colour and tells about itself."""
     spans = []
     for group in _groups(score):
         places = range(*group.indices(len(score.pieces)))
@@ -264,24 +297,13 @@ def to_html(score: Score, *, title: str = "Surprise") -> str:
         text = text.replace("\n", "<i></i>\n")
         style = _html_style(float(score.bits[group].sum()))
         spans.append(f'<span{style} title="{about}">{text}</span>')
-    legend = " ".join(f"<span{_html_style(bits)}>{_legend_label(bits)}</span>" for bits in _LEGEND)
-    name = html.escape(title)
-    return f"""<!DOCTYPE html>
-<html>
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{name}</title>
-<style>{_PAGE_STYLE}</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p>{_summary(score)}</p>
-<p class="legend">Surprise in bits: {legend}</p>
-<div class="text">{"".join(spans)}</div>
-</body>
-</html>
-"""
+    return f'<div class="text">{"".join(spans)}</div>'
+
+
+def _html_legend() -> str:
+    """What the colours mean."""
+    shades = " ".join(f"<span{_html_style(bits)}>{_legend_label(bits)}</span>" for bits in _LEGEND)
+    return f'<span class="legend">Surprise in bits: {shades}</span>'
 
 
 def _groups(score: Score) -> Iterator[slice]:
