@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "__version__": "gptjax.version",
     "ModelConfig": "gptjax.config",
     "preset": "gptjax.config",
     "UserError": "gptjax.errors",
@@ -72,6 +73,21 @@ _HOMES = {
     "loglikelihoods": "gptjax.evaluation.loglikelihood",
     "Estimate": "gptjax.evaluation.results",
     "run_suites": "gptjax.evaluation.suites",
+    "Inspection": "gptjax.inspection",
+    "LogitLens": "gptjax.inspection",
+    "inspect": "gptjax.inspection",
+    "logit_lens": "gptjax.inspection",
+    "token_labels": "gptjax.inspection",
+    "plot_attention": "gptjax.plots",
+    "plot_logit_lens": "gptjax.plots",
+    "plot_losses": "gptjax.plots",
+    "plot_memory": "gptjax.plots",
+    "plot_norms": "gptjax.plots",
+    "plot_plan": "gptjax.plots",
+    "plot_reliability": "gptjax.plots",
+    "plot_sharding": "gptjax.plots",
+    "from_flax_params": "gptjax.pretrained.flax_files",
+    "to_flax_params": "gptjax.pretrained.flax_files",
     "load": "gptjax.pretrained.loading",
     "save_pretrained": "gptjax.pretrained.huggingface",
 }
@@ -94,6 +110,7 @@ if TYPE_CHECKING:
     from gptjax.evaluation.suites import run_suites
     from gptjax.fitting import FitResult, fit
     from gptjax.generation import Continuation, generate, generate_continuations
+    from gptjax.inspection import Inspection, LogitLens, inspect, logit_lens, token_labels
     from gptjax.layouts import decoding_params, quantize
     from gptjax.loss import LossOptions, loss_fn
     from gptjax.model import Model, forward
@@ -101,8 +118,19 @@ if TYPE_CHECKING:
     from gptjax.optimizer import OptimizerConfig, make_optimizer
     from gptjax.params import count_params, init_params, param_specs
     from gptjax.planning import Plan, choose_mesh, plan
+    from gptjax.plots import (
+        plot_attention,
+        plot_logit_lens,
+        plot_losses,
+        plot_memory,
+        plot_norms,
+        plot_plan,
+        plot_reliability,
+        plot_sharding,
+    )
     from gptjax.preferences import DPO, Preference, PreferenceLoader
     from gptjax.pretrained.adapter_files import load_adapter, save_adapter
+    from gptjax.pretrained.flax_files import from_flax_params, to_flax_params
     from gptjax.pretrained.huggingface import save_pretrained
     from gptjax.pretrained.loading import load
     from gptjax.prompt_files import generate_file
@@ -112,6 +140,7 @@ if TYPE_CHECKING:
     from gptjax.speculation import DraftModel, PromptLookup
     from gptjax.text_generation import generate_chat, generate_text, stream_text
     from gptjax.training import TrainState, init_state, make_train_step
+    from gptjax.version import __version__ as __version__
 
 __all__ = [
     "DPO",
@@ -121,8 +150,10 @@ __all__ = [
     "DraftModel",
     "Estimate",
     "FitResult",
+    "Inspection",
     "JSONSchema",
     "LoRA",
+    "LogitLens",
     "Loglikelihood",
     "LossOptions",
     "Model",
@@ -146,6 +177,7 @@ __all__ = [
     "evaluate_pairs",
     "fit",
     "forward",
+    "from_flax_params",
     "generate",
     "generate_chat",
     "generate_constrained",
@@ -156,8 +188,10 @@ __all__ = [
     "generate_texts",
     "init_params",
     "init_state",
+    "inspect",
     "load",
     "load_adapter",
+    "logit_lens",
     "loglikelihoods",
     "longest_overlaps",
     "loss_fn",
@@ -169,6 +203,14 @@ __all__ = [
     "param_specs",
     "parse_mesh",
     "plan",
+    "plot_attention",
+    "plot_logit_lens",
+    "plot_losses",
+    "plot_memory",
+    "plot_norms",
+    "plot_plan",
+    "plot_reliability",
+    "plot_sharding",
     "preset",
     "quantize",
     "run_suites",
@@ -176,6 +218,8 @@ __all__ = [
     "save_pretrained",
     "score",
     "stream_text",
+    "to_flax_params",
+    "token_labels",
     "tokenize",
     "tokens_by_script",
     "verify_token_shards",

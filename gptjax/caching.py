@@ -1,8 +1,9 @@
 """Where gptjax keeps what it can make again."""
 
-import importlib.metadata
 import os
 from pathlib import Path
+
+from gptjax.version import __version__
 
 
 def cache_directory() -> Path:
@@ -19,8 +20,5 @@ def cache_directory() -> Path:
 
 
 def gptjax_version() -> str:
-    """The version of gptjax that is installed, or "" where it is not installed as a package."""
-    try:
-        return importlib.metadata.version("gptjax")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    """The version of gptjax."""
+    return __version__

