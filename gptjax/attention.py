@@ -1,14 +1,31 @@
 """Causal attention: one function for every caller, and the backends behind it."""
 
 import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from gptjax.devices import platform
+from gptjax.config import ModelConfig
+from gptjax.cudnn_attention import cudnn_attention, cudnn_refuses
+from gptjax.devices import compute_dtype, platform
 from gptjax.ring import ring_attention
 from gptjax.sharding import axis_parts
-from gptjax.splash import SPLASH_BLOCK, splash_attention
+from gptjax.splash import SPLASH_BLOCK, splash_attention, splash_takes
+
+
+class Backend(NamedTuple):
+    """What computes attention.
+
+    Attributes:
+        name: "ring" (`ring_attention`), "splash" (`splash_attention`), "cudnn" (`cudnn_attention`)
+            or "plain", XLA's products and a softmax, with the scores in memory.
+        reason: one sentence: why it is taken and, of the plain one, why no kernel is.
+    """
+
+    name: Literal["ring", "splash", "cudnn", "plain"]
+    reason: str
 
 
 def attention(
@@ -28,10 +45,7 @@ def attention(
     The query in slot n sees the keys in slots 0 to n and, where segments are given, only those of
     its own segment. Every query sees at least itself, so that no row of the softmax is empty.
 
-    Whole sequences go round a ring where the mesh in force splits them (`ring_attention`), and on a
-    TPU through a kernel that never writes the scores to memory (`splash_attention`), where it
-    takes them: lengths of whole blocks, one reach for all, a mesh in force or one device. Dropout
-    is in neither, since its bits would be the mesh's.
+    `choose_backend` says by what it is computed.
 
     Args:
         q_BTHC: queries, `[B, T, H, C]`.
@@ -51,14 +65,24 @@ def attention(
     B, T, H, C = q_BTHC.shape
     S, K = k_BSKC.shape[1:3]
     G = H // K
-    itself = query_slots is None and S == T and key_segments is query_segments
-    if itself and (dropout_key is None or dropout == 0):
-        if axis_parts("sequence") > 1:
+    backend = choose_backend(
+        (B, T, H, C),
+        K,
+        q_BTHC.dtype,
+        itself=query_slots is None and S == T and key_segments is query_segments,
+        windowed=window is not None,
+        packed=query_segments is not None,
+        dropout=dropout_key is not None and dropout > 0,
+    )
+    match backend.name:
+        case "ring":
             return ring_attention(q_BTHC, k_BSKC, v_BSKC, window=window, segments=query_segments)
-        # The kernel is never split over devices but by hand, for which a mesh must be in force.
-        placed = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
-        if platform() == "tpu" and placed and window is None and T % SPLASH_BLOCK == 0:
+        case "splash":
             return splash_attention(q_BTHC, k_BSKC, v_BSKC, query_segments)
+        case "cudnn":
+            return cudnn_attention(q_BTHC, k_BSKC, v_BSKC, window=window, segments=query_segments)
+        case "plain":
+            pass
     # Batch dimensions in front: the layout that batched products are fastest in on every backend.
     q_BKNC = jnp.transpose(q_BTHC.reshape(B, T, K, G, C), (0, 2, 3, 1, 4)).reshape(B, K, G * T, C)
     k_BKSC = jnp.transpose(k_BSKC, (0, 2, 1, 3))
@@ -88,6 +112,118 @@ def attention(
         out_BKNC = jnp.einsum("...ns,...sc->...nc", probs_BKNS, v_BKSC)
     out_BTKGC = jnp.transpose(out_BKNC.reshape(B, K, G, T, C), (0, 3, 1, 2, 4))
     return out_BTKGC.reshape(B, T, H, C).astype(q_BTHC.dtype)
+
+
+def choose_backend(
+    shape: tuple[int, int, int, int],
+    kv_heads: int,
+    dtype: Any,
+    *,
+    itself: bool = True,
+    windowed: bool = False,
+    packed: bool = False,
+    dropout: bool = False,
+) -> Backend:
+    """What computes attention: the one place where that is decided.
+
+    A sequence that the mesh in force splits goes round a ring. Else a kernel of the platform that
+    is compiled for, where it takes the shapes, and otherwise XLA's products.
+
+    Args:
+        shape: of the queries, (B, T, H, C).
+        kv_heads: K.
+        dtype: of queries, keys and values.
+        itself: whether a whole sequence attends to itself, each query in its own slot.
+        windowed: whether queries see only so many keys back.
+        packed: whether rows hold several documents.
+        dropout: whether probabilities are dropped.
+    """
+    B, T, H, C = shape
+    on = platform()
+    if itself and not dropout and axis_parts("sequence") > 1:
+        return Backend("ring", "the mesh splits the sequence over its context axis")
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(on)
+    if kernel is None:
+        return Backend("plain", f"there is no attention kernel for a {on}")
+    if not itself:
+        refusal = "the queries stand in slots of a cache"
+    elif dropout:
+        refusal = "attention probabilities are dropped, and its random bits would not be the mesh's"
+    elif (apart := _indivisible(B, H, kv_heads)) is not None:
+        refusal = apart
+    elif kernel == "splash":
+        refusal = _splash_refuses(T, windowed)
+    else:
+        refusal = cudnn_refuses(T, C, dtype, masked=windowed or packed)
+    if refusal is not None:
+        return Backend("plain", f"{_KERNELS[kernel]} is not taken: {refusal}")
+    # Written out, for the type checker to know the names.
+    name: Literal["splash", "cudnn"] = "splash" if kernel == "splash" else "cudnn"
+    return Backend(name, f"{_KERNELS[kernel]} takes these shapes")
+
+
+_KERNELS = {"splash": "JAX's splash kernel", "cudnn": "cuDNN's flash kernel"}
+
+
+def _indivisible(B: int, H: int, K: int) -> str | None:
+    """What does not divide over the mesh in force, on whose devices the kernels run apart."""
+    for axis, size, what in (("batch", B, "rows"), ("heads", H, "heads"), ("kv_heads", K, "heads")):
+        if size % axis_parts(axis):
+            return f"{size} {what} do not divide over {axis_parts(axis)} parts of the mesh"
+    return None
+
+
+def _splash_refuses(T: int, windowed: bool) -> str | None:
+    if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return "there are several devices and no mesh in force to split it over by hand"
+    if windowed:
+        return "it takes one reach for all layers, and the window is each layer's own"
+    if not splash_takes(T):
+        return f"it takes lengths that are multiples of {SPLASH_BLOCK}, not {T}"
+    return None
+
+
+def attention_backend(
+    config: ModelConfig,
+    length: int | None = None,
+    *,
+    rows: int | None = None,
+    packed: bool = False,
+    training: bool = True,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+) -> Backend:
+    """What computes a model's attention over whole sequences, as in training.
+
+    Args:
+        config: the model.
+        length: T, tokens of a row; None is the model's context.
+        rows: B; None is any that divides over the mesh.
+        packed: whether rows hold several documents, by `segment_ids`.
+        training: whether dropout, where the model has it, is on.
+        dtype: of matrix work; None is the config's.
+        mesh: what the model runs on; None is the default device, or the mesh in force.
+    """
+    if mesh is not None:
+        with jax.set_mesh(mesh):
+            return attention_backend(
+                config, length, rows=rows, packed=packed, training=training, dtype=dtype
+            )
+    length = config.context_length if length is None else length
+    window = config.sliding_window
+    return choose_backend(
+        (
+            axis_parts("batch") if rows is None else rows,
+            length,
+            config.num_heads,
+            config.head_width,
+        ),
+        config.kv_heads,
+        compute_dtype(config) if dtype is None else dtype,
+        windowed=window is not None and window < config.context_length,
+        packed=packed,
+        dropout=training and config.dropout > 0,
+    )
 
 
 def row_bernoulli(keys_B: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -235,6 +235,21 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """Draws the losses of runs in one picture, and prints where each has come to.
+
+    Attributes:
+        runs: Run folders, of runs that have ended or still go on.
+        png: The file to write.
+        x: What the losses are drawn over: steps, tokens, or seconds of training.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    png: Path = Path("losses.png")
+    x: Literal["steps", "tokens", "seconds"] = "steps"
+
+
+@dataclass(frozen=True)
 class Tokenize:
     """Writes the tokens of a text once, as shards that training scripts read with --data.
 
@@ -373,7 +388,12 @@ class Doctor:
 
 
 def generate(settings: Generate) -> None:
-    """Prints continuations, each with its prompt."""
+    """Prints continuations, each with its prompt.
+
+    Raises:
+        UserError: if `max_length` leaves no room, or `num_samples` is below 1; and as `load` and
+            `generate_text` do.
+    """
     from gptjax.pretrained.loading import load
     from gptjax.sampling import Sampling
     from gptjax.text_generation import generate_text, prompt_ids
@@ -441,7 +461,12 @@ def _key(seed: int) -> Any:
 
 
 def chat(settings: Chat) -> None:
-    """Reads messages from standard input and prints answers as they come."""
+    """Reads messages from standard input and prints answers as they come.
+
+    Raises:
+        UserError: if the model has no chat template; and as `load` does. A message that is too long
+            is told, and the conversation goes on.
+    """
     import jax
 
     from gptjax.pretrained.loading import load
@@ -496,7 +521,12 @@ def chat(settings: Chat) -> None:
 
 
 def score(settings: Score) -> None:
-    """Prints a text by its surprise, and writes the page that is asked for."""
+    """Prints a text by its surprise, and writes the page that is asked for.
+
+    Raises:
+        UserError: if the page cannot be written, there is no text, or it is no UTF-8; and as `load`
+            does.
+    """
     from gptjax import scoring
     from gptjax.pretrained.loading import load
 
@@ -533,7 +563,12 @@ def _text_of(settings: Score) -> str:
 
 
 def evaluate(settings: Evaluate) -> None:
-    """Prints the figures of suites, and writes what is asked for."""
+    """Prints the figures of suites, and writes what is asked for.
+
+    Raises:
+        UserError: if a suite is unknown or given twice, or suites and files do not go together; and
+            as `load` and `run_suites` do.
+    """
     import json
 
     from gptjax.evaluation import suites
@@ -578,7 +613,12 @@ def evaluate(settings: Evaluate) -> None:
 
 
 def convert(settings: Convert) -> None:
-    """Loads a model and writes it."""
+    """Loads a model and writes it.
+
+    Raises:
+        UserError: if the destination is a file, or a folder that is not empty; and as `load` and
+            `save_pretrained` do.
+    """
     from gptjax.pretrained.adapter_files import save_adapter
     from gptjax.pretrained.huggingface import save_pretrained
     from gptjax.pretrained.loading import load
@@ -618,7 +658,11 @@ def verify(settings: Verify) -> None:
 
 
 def plan(settings: Plan) -> None:
-    """Prints a plan, or several ranked, and draws the first."""
+    """Prints a plan, or several ranked, and draws the first.
+
+    Raises:
+        UserError: if the picture cannot be written; and as `planning.plan` does.
+    """
     import json
 
     from gptjax import planning
@@ -628,9 +672,7 @@ def plan(settings: Plan) -> None:
     config = read_model(settings.model)
     if settings.context is not None:
         config = config.replace(context_length=settings.context)
-    png = None if settings.png is None else settings.png.expanduser()
-    if png is not None and (png.is_dir() or not png.parent.is_dir()):
-        raise UserError(f"cannot write {png}; give --png a file in a folder that is there")
+    png = None if settings.png is None else _picture_path(settings.png)
     options: dict[str, Any] = {
         "batch": sequences(
             settings.batch,
@@ -666,13 +708,35 @@ def plan(settings: Plan) -> None:
             print(search_table(plans) + "\n\nThe first of them:\n")
         print(plan_table(plans[0]))
     if png is not None:
-        from gptjax.plots import plot_memory
+        from gptjax.plots import plot_plan
 
-        best = plans[0]
-        bars = {"closed form": best.estimate}
-        if best.compiled:
-            bars["compiled"] = best.memory
-        plot_memory(bars, best.chip_bytes, png)
+        plot_plan(plans[0], png)
+
+
+def plot(settings: Plot) -> None:
+    """Prints a table of the runs and draws them.
+
+    Raises:
+        UserError: if the picture cannot be written; and as `plot_losses` does.
+    """
+    from gptjax.plots import plot_losses
+    from gptjax.run_losses import losses_table, run_labels
+
+    png = _picture_path(settings.png)
+    runs = run_labels(settings.runs)
+    # Drawn first, so that what is wrong is said before anything is printed.
+    plot_losses(runs, png, x=settings.x)
+    print(f"{losses_table(runs)}\nthe picture is written to {png}")
+
+
+def _picture_path(path: Path) -> Path:
+    """A path to write a picture to, refused before the work rather than after."""
+    path = path.expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"cannot write {path}; give --png a file in a folder that is there")
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path} does not end in .png; give --png a name that does")
+    return path
 
 
 def tokenize(settings: Tokenize) -> None:
@@ -714,7 +778,12 @@ def languages(settings: Languages) -> None:
 
 
 def memorization(settings: Memorization) -> None:
-    """Prints overlaps of drawn texts, and how many passages are reproduced."""
+    """Prints overlaps of drawn texts, and how many passages are reproduced.
+
+    Raises:
+        UserError: if the model does not tell what it was trained on; and as `load` and
+            `load_corpus` do.
+    """
     import json
 
     from gptjax.data import load_corpus
@@ -839,6 +908,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], str]] = {
     "convert": (Convert, convert, "Write a model in Hugging Face's layout."),
     "verify": (Verify, verify, "Check a model, also against transformers."),
     "plan": (Plan, plan, "Tell whether a training run fits, and how long it takes."),
+    "plot": (Plot, plot, "Draw the losses of runs, and compare them."),
     "tokenize": (Tokenize, tokenize, "Write the tokens of a text once, for training."),
     "languages": (Languages, languages, "Tell how many tokens the scripts of a text need."),
     "memorization": (Memorization, memorization, "Tell what a model repeats of its training text."),

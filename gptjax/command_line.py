@@ -16,6 +16,7 @@ from gptjax.devices import cores_as_devices
 from gptjax.doctor import explain
 from gptjax.errors import NonFiniteLossError, UserError, nearest
 from gptjax.reporting import print_error
+from gptjax.xla_flags import set_flags
 
 Settings = TypeVar("Settings")
 
@@ -51,6 +52,13 @@ def parse_flags(
     kind: type[Settings], default: Settings | None, description: str, args: list[str] | None = None
 ) -> Settings:
     """Reads a dataclass from the command line.
+
+    Args:
+        kind: the dataclass.
+        default: where every field has its value from unless a flag changes it; None leaves the
+            defaults of the fields.
+        description: what `--help` says first.
+        args: the arguments; None is `sys.argv`.
 
     Raises:
         UserError: for an unknown flag, naming the nearest, or an illegal value.
@@ -144,13 +152,15 @@ def run_command(command: Callable[[], object]) -> NoReturn:
 
 
 def configure_jax() -> None:
-    """Uses every core of a CPU, and keeps compiled programs on disk for the next run.
+    """Uses every core of a CPU, sets XLA's flags, and keeps compiled programs for the next run.
 
-    The disk is the folder of `JAX_COMPILATION_CACHE_DIR`, by default `cache_directory()`. Commands
-    and scripts call this; importing gptjax configures nothing.
+    The flags are those of `xla_flags` for the accelerators here; the user's own win. Programs are
+    kept in the folder of `JAX_COMPILATION_CACHE_DIR`, by default `cache_directory()`. Commands and
+    scripts call this; importing gptjax configures nothing.
     """
     import jax
 
+    set_flags()
     cores_as_devices()
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(cache_directory()))

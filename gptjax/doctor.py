@@ -70,12 +70,28 @@ def examine() -> Iterator[str]:
             else "JAX cannot start a device. If another process holds the TPU or GPU, end it; "
             "JAX_PLATFORMS=cpu runs without"
         )
+    if backend in ("gpu", "tpu"):
+        yield from _attention_lines()
     advice += _accelerator_advice(backend)
     missing = [name for name in _PACKAGES if _version(name) is None]
     if missing:
         advice.append(f"install what is missing: pip install {' '.join(missing)}")
     for line in advice:
         yield f"advice: {line}"
+
+
+def _attention_lines() -> Iterator[str]:
+    """What computes the attention of each preset in training on the devices here, and why."""
+    from gptjax.attention import Backend, attention_backend
+    from gptjax.config import PRESETS
+    from gptjax.sharding import make_mesh
+
+    mesh = make_mesh(data=-1)
+    names: dict[Backend, list[str]] = {}
+    for name, config in PRESETS.items():
+        names.setdefault(attention_backend(config, mesh=mesh), []).append(name)
+    for backend, presets in names.items():
+        yield f"attention   {backend.name} for {', '.join(presets)}: {backend.reason}"
 
 
 def require_platform(wanted: str) -> None:
@@ -127,7 +143,7 @@ def explain(error: BaseException) -> str:
 def _accelerator_advice(backend: str) -> list[str]:
     advice = []
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    if _has_nvidia() and backend != "gpu":
+    if has_nvidia() and backend != "gpu":
         plugin = any(_version(f"jax-cuda{n}-plugin") for n in (12, 13))
         if platforms and "cuda" not in platforms and "gpu" not in platforms:
             advice.append(f"there is an NVIDIA GPU, but JAX_PLATFORMS={platforms} leaves it out")
@@ -138,7 +154,7 @@ def _accelerator_advice(backend: str) -> list[str]:
             )
         else:
             advice.append('there is an NVIDIA GPU; for it, pip install "jax[cuda13]"')
-    if _has_tpu() and backend != "tpu":
+    if has_tpu() and backend != "tpu":
         if platforms and "tpu" not in platforms:
             advice.append(f"there is a TPU, but JAX_PLATFORMS={platforms} leaves it out")
         elif _version("libtpu"):
@@ -153,11 +169,13 @@ def _accelerator_advice(backend: str) -> list[str]:
     return advice
 
 
-def _has_nvidia() -> bool:
+def has_nvidia() -> bool:
+    """Whether this machine has an NVIDIA GPU, whatever JAX makes of it."""
     return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists()
 
 
-def _has_tpu() -> bool:
+def has_tpu() -> bool:
+    """Whether this machine has a TPU, whatever JAX makes of it."""
     if any(Path("/dev").glob("accel[0-9]*")) or os.environ.get("COLAB_TPU_ADDR"):
         return True
     # Newer TPU machines offer their chips through vfio, as Google's PCI devices.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
+from gptjax.devices import platform
 from gptjax.experts import routing_losses
 from gptjax.model import hidden_states, softcap, split_vocabulary, unembedding
 from gptjax.params import Params
@@ -19,6 +20,17 @@ and how much), `segment_ids` and `positions` `[B, T]` int32 (documents packed in
 
 LOGITS_AT_ONCE = 2**26
 """Elements of the largest block of logits that a device holds: 256 MiB in float32."""
+
+LOGITS_AT_ONCE_GPU = 2**28
+"""As `LOGITS_AT_ONCE`, on a GPU. After each block the output matrix's gradient is read, added to
+and written in float32: with GPT-2's vocabulary and width 300 MB, more than a block of 2**26."""
+
+TPU_TILE = 256
+"""The width of the widest TPU's matrix unit."""
+
+_FULL_ROWS = 128
+"""On GPUs and TPUs the output matrix is filled up to a multiple of so many rows: rows of logits
+whose length is no multiple of 16 bytes keep a GPU's products from the fastest loads and stores."""
 
 
 class Objective(Protocol):
@@ -50,7 +62,8 @@ class LossOptions(NamedTuple):
         recompute: False takes the gradient of each block of logits while the block is there, in
             the forward pass, and stores it (one float32 array of the output matrix's size); True
             computes the block again in the backward pass.
-        logits_at_once: see `LOGITS_AT_ONCE`.
+        logits_at_once: elements of the largest block of logits that a device holds; None is
+            `LOGITS_AT_ONCE`, on a GPU `LOGITS_AT_ONCE_GPU`.
         balance_loss: weight of the routers' balance loss in a mixture of experts, taken over the
             tokens of a batch (of a microbatch, where it is split). See `experts.routing_losses`.
         router_z_loss: weight of the routers' z-loss.
@@ -58,7 +71,7 @@ class LossOptions(NamedTuple):
 
     z_loss: float = 0.0
     recompute: bool = False
-    logits_at_once: int = LOGITS_AT_ONCE
+    logits_at_once: int | None = None
     balance_loss: float = 0.01
     router_z_loss: float = 0.001
 
@@ -84,7 +97,7 @@ def loss_fn(
     Returns:
         The loss in nats per token, with additions, and metrics: `loss` without additions, `tokens`,
         the sum of weights, and for a mixture of experts `balance_loss` and `router_z_loss`,
-        unweighted. Where nothing is counted all losses are 0.
+        unweighted; all float32 scalars. Where nothing is counted all losses are 0.
     """
     objective, sums = loss_sums(params, batch, config, options=options, dropout_key=dropout_key)
     return objective / target_count(sums), mean_metrics(sums)
@@ -114,6 +127,13 @@ def loss_sums(
     """As `loss_fn`, but sums over tokens: the objective, and `nll`, `tokens` and the others.
 
     Sums are what accumulates exactly over microbatches with different numbers of tokens.
+
+    Args:
+        params: as in `loss_fn`.
+        batch: as in `loss_fn`.
+        config: as in `loss_fn`.
+        options: as in `loss_fn`.
+        dropout_key: as in `loss_fn`.
     """
     hidden = hidden_states(
         params,
@@ -160,12 +180,20 @@ def cross_entropy(
 
     Logits are computed in blocks of tokens and are gone after each, in both passes. The blocks cut
     the token dimension, so that each holds tokens of every device that the batch lies on.
+
+    Args:
+        x_BTD: hidden states, `[B, T, D]`.
+        kernel_VD: the output matrix, `[V, D]`.
+        targets_BT: `[B, T]` int, from 0 to V - 1.
+        weights_BT: how much each counts, `[B, T]` float32.
+        cap: of the logits, see `ModelConfig.logit_softcap`.
+        options: additions, and how the gradient is had.
     """
     B, T, _ = x_BTD.shape
     V = kernel_VD.shape[0]
     blocks = _count_blocks(B, T, V, options)
     if blocks == 1:
-        kernel_VD = split_vocabulary(kernel_VD.astype(x_BTD.dtype))
+        kernel_VD = _split(kernel_VD, x_BTD.dtype)
         return _block_sums(x_BTD, kernel_VD, V, targets_BT, weights_BT, cap, options.z_loss)
 
     cut = partial(_cut, blocks=blocks)
@@ -183,10 +211,17 @@ def token_nll(
     """The cross-entropy of each token, `[B, T]` float32, by blocks as in `cross_entropy`.
 
     Where there are several the backward pass computes their logits again.
+
+    Args:
+        x_BTD: hidden states, `[B, T, D]`.
+        kernel_VD: the output matrix, `[V, D]`.
+        targets_BT: `[B, T]` int, from 0 to V - 1.
+        cap: of the logits, see `ModelConfig.logit_softcap`.
+        options: how large a block may be.
     """
     B, T, _ = x_BTD.shape
     V = kernel_VD.shape[0]
-    kernel_VD = split_vocabulary(kernel_VD.astype(x_BTD.dtype))
+    kernel_VD = _split(kernel_VD, x_BTD.dtype)
     blocks = _count_blocks(B, T, V, options)
     if blocks == 1:
         return _block_nll(x_BTD, kernel_VD, V, targets_BT, cap)[0]
@@ -203,7 +238,32 @@ def token_nll(
 def _count_blocks(B: int, T: int, V: int, options: LossOptions) -> int:
     """How many blocks of tokens the logits are computed in."""
     devices = math.prod(axis_parts(axis) for axis in ("batch", "sequence", "vocab_parts"))
-    return min(T, math.ceil(B * T * V / (options.logits_at_once * devices)))
+    at_once = options.logits_at_once
+    if at_once is None:
+        at_once = LOGITS_AT_ONCE_GPU if platform() == "gpu" else LOGITS_AT_ONCE
+    return min(T, math.ceil(B * T * V / (at_once * devices)))
+
+
+def _block_length(T: int, blocks: int) -> int:
+    """The tokens of a block, of at most so many."""
+    parts = axis_parts("residual")
+    length = math.ceil(T / blocks / parts) * parts
+    if platform() == "tpu":
+        # The output matrix's gradient sums over them, in tiles as wide as the matrix unit.
+        whole = math.lcm(parts, TPU_TILE * axis_parts("sequence"))
+        if 4 * length >= whole:
+            length = math.ceil(length / whole) * whole
+    return length
+
+
+def _split(kernel_VD: jax.Array, dtype: Any) -> jax.Array:
+    """The output matrix as the products take it: `split_vocabulary`, padded for GPUs and TPUs."""
+    kernel_VD = kernel_VD.astype(dtype)
+    if platform() != "cpu":
+        # On a TPU these are the lanes of a register, of which each device's share fills all.
+        rows = _FULL_ROWS * axis_parts("vocab_parts")
+        kernel_VD = jnp.pad(kernel_VD, ((0, -kernel_VD.shape[0] % rows), (0, 0)))
+    return split_vocabulary(kernel_VD)
 
 
 def _cut(x: jax.Array, blocks: int) -> jax.Array:
@@ -213,8 +273,7 @@ def _cut(x: jax.Array, blocks: int) -> jax.Array:
     so that a sequence split over devices stays where it is.
     """
     B, T = x.shape[:2]
-    parts = axis_parts("residual")
-    length = math.ceil(T / blocks / parts) * parts
+    length = _block_length(T, blocks)
     blocks = math.ceil(T / length)
     x = jnp.pad(x, ((0, 0), (0, blocks * length - T)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, length, blocks, *x.shape[2:]), 2, 0)
@@ -229,7 +288,7 @@ def _block_sums(
     cap: float | None,
     z_loss: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of one block, with the kernel as `split_vocabulary` gives it."""
+    """Of one block, with the kernel as `_split` gives it."""
     nll_Bt, log_z_Bt = _block_nll(x_BtD, kernel_VD, vocab_size, targets_Bt, cap)
     nll = jnp.sum(nll_Bt * weights_Bt)
     return nll + z_loss * jnp.sum(jnp.square(log_z_Bt) * weights_Bt), nll
@@ -243,9 +302,7 @@ def _block_nll(
     cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Each token's cross-entropy, and log Σ exp of its logits."""
-    logits_BtV = softcap(
-        jnp.einsum("btd,vd->btv", x_BtD, kernel_VD, preferred_element_type=jnp.float32), cap
-    )
+    logits_BtV = softcap(_logits(x_BtD, kernel_VD), cap)
     logits_BtV = constrain(logits_BtV, "batch", "sequence", "vocab_parts")
     ids = jnp.arange(kernel_VD.shape[0])[None, None]
     if kernel_VD.shape[0] > vocab_size:
@@ -256,11 +313,42 @@ def _block_nll(
     return log_z_Bt - jnp.sum(jnp.where(is_target_BtV, logits_BtV, 0), axis=-1), log_z_Bt
 
 
+def _logits(x_BtD: jax.Array, kernel_VD: jax.Array) -> jax.Array:
+    """The product in float32, whose own gradient is of the inputs' dtype.
+
+    The gradient of float32 logits is float32, and two thirds of the loss's work would be products
+    of that: at half the rate of a GPU's bfloat16, and over twice the bytes.
+    """
+    product = _logits_product if x_BtD.dtype == jnp.float32 else _logits_in_low_precision
+    return product(x_BtD, kernel_VD)
+
+
+def _logits_product(x_BtD: jax.Array, kernel_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,vd->btv", x_BtD, kernel_VD, preferred_element_type=jnp.float32)
+
+
+_logits_in_low_precision = jax.custom_vjp(_logits_product)
+
+
+def _logits_forward(x_BtD: jax.Array, kernel_VD: jax.Array):
+    return _logits_product(x_BtD, kernel_VD), (x_BtD, kernel_VD)
+
+
+def _logits_backward(residuals: tuple[jax.Array, jax.Array], grad_BtV: jax.Array):
+    x_BtD, kernel_VD = residuals
+    grad_BtV = grad_BtV.astype(x_BtD.dtype)
+    grad_x = jnp.einsum("btv,vd->btd", grad_BtV, kernel_VD)
+    return grad_x, jnp.einsum("btv,btd->vd", grad_BtV, x_BtD)
+
+
+_logits_in_low_precision.defvjp(_logits_forward, _logits_backward)
+
+
 def _recomputed_sums(
     x_NBtD: jax.Array, kernel_VD: jax.Array, targets: Any, weights: Any, cap: Any, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
     V = kernel_VD.shape[0]
-    kernel_VD = split_vocabulary(kernel_VD.astype(x_NBtD.dtype))
+    kernel_VD = _split(kernel_VD, x_NBtD.dtype)
 
     @jax.checkpoint
     def block_sums(x_BtD: jax.Array, kernel_VD: jax.Array, targets: Any, weights: Any):
@@ -287,7 +375,7 @@ def _stored_sums_forward(
     x_NBtD: jax.Array, kernel_VD: jax.Array, targets: Any, weights: Any, cap: Any, z_loss: float
 ):
     V = kernel_VD.shape[0]
-    split_VD = split_vocabulary(kernel_VD.astype(x_NBtD.dtype))
+    split_VD = _split(kernel_VD, x_NBtD.dtype)
 
     def body(carry: tuple[jax.Array, ...], block: tuple[jax.Array, ...]):
         objective_sum, nll_sum, grad_kernel = carry

@@ -251,8 +251,8 @@ def test_doctor(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (status, error) == (0, "")
     for words in ("python", "jax ", "optax", "device", "cache"):
         assert words in out
-    monkeypatch.setattr(doctor, "_has_nvidia", lambda: True)
-    monkeypatch.setattr(doctor, "_has_tpu", lambda: True)
+    monkeypatch.setattr(doctor, "has_nvidia", lambda: True)
+    monkeypatch.setattr(doctor, "has_tpu", lambda: True)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     out = command("gptjax", "doctor")[1]

@@ -614,7 +614,7 @@ def test_a_tpu_held_by_another_process_is_said_to_be(text: str, command, monkeyp
         raise failure
 
     monkeypatch.setattr(jax, "devices", refuse)
-    monkeypatch.setattr(doctor, "_has_tpu", lambda: True)
+    monkeypatch.setattr(doctor, "has_tpu", lambda: True)
     assert any(HELD[text] in line for line in doctor.examine() if line.startswith("device"))
     status, _, error = command("quickstart", "--require", "tpu", "--out", tmp_path / "run")
     assert status == 2

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-PRETRAINED, EXAMPLE, FINETUNING, CORES, MESHES = re.findall(
+PRETRAINED, EXAMPLE, FINETUNING, MESHES, CORES = re.findall(
     r"^```python\n(.*?)^```", README, re.M | re.S
 )
 
@@ -78,6 +78,8 @@ def test_the_example_runs():
 
 
 def test_what_it_names_exists():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
     for path in re.findall(r"(?:experiments|gptjax)/[\w/.]+\.(?:py|png)", README):
         assert (ROOT / path).exists(), path
     for script in re.findall(r"python (experiments/\w+\.py)", README):
