@@ -216,6 +216,9 @@ def merge_params(params: Params) -> Params:
 
     Args:
         params: as `join_params` gives them; what has no additions stays as it is.
+
+    Returns:
+        The tree that `init_params` makes.
     """
     return _merge(params) if _has_additions(params) else params
 

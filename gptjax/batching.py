@@ -69,7 +69,9 @@ class Request(NamedTuple):
     index: int
     """Of the prompt: with `sample` it decides about the random key."""
     sample: int
+    """Its number among those of the prompt, from 0."""
     tokens: list[int]
+    """The ids of the prompt."""
     limit: int
     """The most tokens to add."""
     continues: bool = False
@@ -195,7 +197,18 @@ def complete(
     *,
     slots: int,
 ) -> Iterator[tuple[Request, Completion]]:
-    """Continues what `text_requests` makes, as `generate_texts` says."""
+    """Continues what `text_requests` makes, as `generate_texts` says.
+
+    Args:
+        model: with a tokenizer.
+        requests: from `text_requests`.
+        sampling: as in `generate_texts`.
+        key: as in `generate`.
+        slots: as in `generate_queue`.
+
+    Yields:
+        A request and its completion, as completions end.
+    """
     tokenizer = tokenizer_of(model)
 
     def decoder(request: Request) -> StoppingDecoder:
@@ -270,7 +283,22 @@ def text_requests(
     model: Model,
     sampling: Sampling,
 ) -> Iterator[Request]:
-    """What is asked for a text or a conversation, which errors call by its name."""
+    """What is asked for a text or a conversation, which errors call by its name.
+
+    Args:
+        name: of the prompt, for errors.
+        index: of the prompt.
+        prompt: a text, or messages as `chat_ids` takes them.
+        limit: the most tokens to add.
+        model: with a tokenizer.
+        sampling: as in `generate_texts`.
+
+    Yields:
+        A request for each sample.
+
+    Raises:
+        UserError: as `prompt_ids`, `chat_ids` and `requests_of` do, with the name.
+    """
     try:
         tokens = prompt_ids(model, prompt) if isinstance(prompt, str) else chat_ids(model, prompt)
     except UserError as error:
@@ -283,7 +311,22 @@ def text_requests(
 def requests_of(
     name: str, index: int, tokens: list[int], limit: int, config: ModelConfig, sampling: Sampling
 ) -> Iterator[Request]:
-    """What is asked for a prompt, which errors call by its name: each of its samples."""
+    """What is asked for a prompt, which errors call by its name: each of its samples.
+
+    Args:
+        name: of the prompt, for errors.
+        index: of the prompt.
+        tokens: its ids.
+        limit: the most tokens to add.
+        config: the model.
+        sampling: as in `generate_queue`.
+
+    Yields:
+        A request for each sample.
+
+    Raises:
+        UserError: if the prompt is empty, not of this model or too long, or the limit is negative.
+    """
     if limit < 0:
         raise UserError(f"{name}: max_new_tokens is {limit}; at least 0")
     check_prompt(name, tokens, config)

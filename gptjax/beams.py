@@ -44,9 +44,11 @@ class Rules(NamedTuple):
     """What decides about a search, all of it traced."""
 
     max_new: jax.Array
+    """The most tokens of a continuation."""
     divisor_N: jax.Array
     """What a sum of n + 1 log-probabilities is divided by."""
     is_stop_V: jax.Array
+    """Which tokens end one."""
     ends_when_full: jax.Array
     """Whether a prompt's search ends with its W-th finished continuation, whatever its score."""
     hopes_for_longest: jax.Array
@@ -63,9 +65,11 @@ class Search(NamedTuple):
     open_total_BW: jax.Array
     """Sums of log-probabilities of the beams that go on; -inf where there are fewer than W."""
     open_BWN: jax.Array
+    """The tokens of the open beams."""
     done_score_BW: jax.Array
     """Scores of the best that have ended; -inf where there are fewer than W."""
     done_BWN: jax.Array
+    """The tokens of those that have ended."""
     done_count_BW: jax.Array
     """How many tokens they have, without the stop token."""
     going_B: jax.Array

@@ -51,6 +51,9 @@ def choose(
             choices have no advantage: the number of "tokens" or of UTF-8 "bytes", or "none". See
             Gao 2021, Multiple Choice Normalization in LM Evaluation.
 
+    Returns:
+        Which one, and the log-probabilities of all.
+
     Raises:
         UserError: if the model has no tokenizer, there are no choices or an empty one, `normalize`
             is unknown, or prompt and choice are longer than the model's context.

@@ -14,7 +14,7 @@ RopeKind = Literal["linear", "llama3", "yarn"]
 Init = Literal["gpt2", "modern"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 CacheDtype = Literal["auto", "int8"]
-Remat = Literal["none", "dots", "full", "offload"]
+Remat = Literal["none", "dots", "full", "offload", "auto"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -152,7 +152,9 @@ class ModelConfig:
         cache_dtype: dtype of the keys and values kept in generation: "auto" is the compute dtype,
             "int8" has one scale for each token and head.
         remat: what the backward pass recomputes: "none"; "dots" keeps only matrix products;
-            "full" keeps only block inputs; "offload" keeps these in the host's memory.
+            "full" keeps only block inputs; "offload" keeps these in the host's memory. "auto" is
+            the first of these four that fits into the device's memory by the plan: `fit` and
+            `gptjax plan` choose it, by batch, mesh and optimizer (`gptjax.planning.choose_remat`).
         scan_unroll: blocks laid out in a row per scan iteration; None chooses (all of them in a
             shallow model, which XLA then schedules better; one otherwise, so that compile time
             does not grow with depth).
@@ -392,6 +394,9 @@ PRESETS: dict[str, ModelConfig] = {
 
 def preset(name: str) -> ModelConfig:
     """Returns the configuration of that name, such as "gpt2" or "llama3-8b".
+
+    Returns:
+        A `ModelConfig`; change it by `replace`.
 
     Raises:
         UserError: if there is none; the nearest name is given.

@@ -62,6 +62,9 @@ class Regex:
     newline, `\d` and `\w` are Unicode's, `(?s:.)` is any character. There are no lookarounds, word
     boundaries or backreferences, and `^` and `$` only at the ends.
 
+    Attributes:
+        pattern: the expression, in the syntax of Rust's regex crate.
+
     Raises:
         UserError: if the pattern is not understood.
     """
@@ -158,6 +161,7 @@ class ConstrainedText(NamedTuple):
     """A text that was drawn under a constraint."""
 
     text: str
+    """Without the prompt."""
     complete: bool
     """Whether the whole text matches. Otherwise it is the beginning of one that would, and the
     number of new tokens was too small, or no token can be drawn that would go on with it."""

@@ -126,7 +126,8 @@ def fit(
     stops all after the same step.
 
     Args:
-        config: the model.
+        config: the model. Where its `remat` is "auto", what fits into the devices' memory is chosen
+            (`gptjax.planning.choose_remat`), and recorded in config.json.
         optimizer: a config, or any optax transformation (whose settings a resumed run then cannot
             compare).
         train_data: batches by position, `train_data[n]` being what step n trains on, such as a
@@ -185,6 +186,13 @@ def fit(
     if trainable is not None and params is None:
         raise UserError(f"trainable is {trainable}, but there are no params to start from")
     transformation, schedule, ema_decay = _resolve(optimizer, config, steps, trainable)
+    eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
+    data = DataPosition(train_data)
+    if mesh == "auto" or config.remat == "auto":
+        rows = data.check(config, steps)["tokens"].shape[0]
+        # Of AdamW for the whole model where only some is trained, which then needs less.
+        optimized = transformation if trainable is None else None
+        config, mesh = _chosen(config, mesh, optimized, rows, eval_data, accumulate)
     identity = {
         "model": config.to_dict(),
         "optimizer": optimizer.to_dict() if isinstance(optimizer, OptimizerConfig) else None,
@@ -201,13 +209,6 @@ def fit(
     if objective is not loss_sums:
         identity["run"]["objective"] = _named(objective)
     identity = json.loads(json.dumps(identity))
-    eval_data = list(eval_data) if isinstance(eval_data, Iterator) else eval_data
-    data = DataPosition(train_data)
-    if mesh == "auto":
-        rows = data.check(config, steps)["tokens"].shape[0]
-        # Of AdamW for the whole model where only some is trained, which then needs less.
-        optimized = transformation if trainable is None else None
-        mesh = _chosen_mesh(config, optimized, rows, eval_data, accumulate)
     _refuse_unequal_processes(
         mesh,
         identity,
@@ -652,28 +653,35 @@ def _resolve(
     return made, schedule, optimizer.ema_decay
 
 
-def _chosen_mesh(
+def _chosen(
     config: ModelConfig,
+    mesh: Mesh | Literal["auto"] | None,
     optimizer: "optax.GradientTransformation | None",
     rows: int,
     eval_data: Iterable[dict[str, np.ndarray]] | None,
     accumulate: int,
-) -> Mesh:
-    """A mesh of all devices that the training and the evaluation batches divide over."""
+) -> tuple[ModelConfig, Mesh | None]:
+    """The model and the mesh with what "auto" stands for in them, by the plan.
+
+    A mesh is of all devices, and the training and the evaluation batches divide over it.
+    """
     from gptjax.planning import choose_mesh
+    from gptjax.planning.meshes import choices
 
     eval_batch = next((len(batch["tokens"]) for batch in eval_data or ()), None)
-    # Processes may find unlike amounts of memory, but need one mesh.
-    axes: Any = hosts.on_main(
-        lambda: choose_mesh(
-            config,
-            batch=rows,
-            optimizer=optimizer,
-            accumulate=accumulate,
-            eval_batch=eval_batch,
-        )
-    )
-    return sharding.make_mesh(**axes)
+    options: dict[str, Any] = {"optimizer": optimizer, "accumulate": accumulate}
+
+    def choose() -> tuple[Any, Any]:
+        if config.remat != "auto":
+            return config.remat, choose_mesh(config, batch=rows, eval_batch=eval_batch, **options)
+        given = "auto" if mesh == "auto" else None if mesh is None else dict(mesh.shape)
+        choice = next(choices(config, "local", rows, given, eval_batch=eval_batch, **options))
+        return choice.remat, choice.candidates[0].layout.axes
+
+    # Processes may find unlike amounts of memory, but need one mesh and one program.
+    remat, axes = hosts.on_main(choose)
+    chosen = sharding.make_mesh(**axes) if mesh == "auto" else mesh
+    return config.replace(remat=remat), chosen
 
 
 def _refuse_other_run(

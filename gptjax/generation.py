@@ -42,6 +42,7 @@ class DecodeState(NamedTuple):
     """What decoding carries from token to token."""
 
     cache: KVCache
+    """What each block has seen."""
     token_B: jax.Array
     """The last token of each row, not yet in the cache."""
     length_B: jax.Array
@@ -52,6 +53,7 @@ class Progress(NamedTuple):
     """What generation carries from token to token. Rows need not have begun together."""
 
     state: DecodeState
+    """The cache, and the last token of each row."""
     keys_B: jax.Array
     """A random key for each row."""
     limit_B: jax.Array
@@ -76,6 +78,7 @@ class Details(NamedTuple):
     top_ids_BNK: Any
     """The K likeliest tokens at each place, the likeliest first."""
     top_logprobs_BNK: Any
+    """Theirs."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Prompts(NamedTuple):
     tokens_BP: jax.Array
     """Filled up at their ends."""
     length_B: jax.Array
+    """How many tokens of each row are the prompt."""
     keys_B: jax.Array
     """A random key for each row: for each sample of each prompt."""
     limit_B: jax.Array
@@ -109,7 +113,9 @@ class Draw(NamedTuple):
     """How tokens are drawn in every row, all of it traced."""
 
     stop_ids: jax.Array
+    """Token ids that end a row, `[n]`."""
     values: FilterValues
+    """The numbers of the filters."""
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
@@ -223,6 +229,9 @@ def generate_continuations(
         key: as in `generate`.
         speculation: as in `generate`.
 
+    Returns:
+        As `generate`: one for each prompt and sample, in order.
+
     Raises:
         UserError: as `generate` does; and if log-probabilities are asked for past a full context
             (`overflow="slide"`).
@@ -258,9 +267,13 @@ class Drawn(NamedTuple):
     """What `Progress` has for the caller."""
 
     stopped_B: Any
+    """As in `Progress`."""
     out_BN: Any
+    """As in `Progress`."""
     count_B: Any
+    """As in `Progress`."""
     details: Details | None
+    """As in `Progress`."""
 
 
 def drawn_so_far(progress: Progress) -> Drawn:
@@ -288,6 +301,7 @@ class Static(NamedTuple):
     """What a compiled program depends on beside the model and the number of rows."""
 
     filters: Filters
+    """Which parts of sampling are on."""
     slots: int
     """Of the cache, for each row."""
     room: int
@@ -295,6 +309,7 @@ class Static(NamedTuple):
     samples: int
     """How many rows each prompt is drawn for."""
     logprobs: int | None
+    """See `Sampling.logprobs`."""
 
 
 class _Call(NamedTuple):
@@ -329,7 +344,14 @@ def _prepare(
 
 
 def pack(prompts: list[list[int]], width: int, keys_B: jax.Array, limit_B: Any) -> Prompts:
-    """Prompts of at most `width` tokens as arrays."""
+    """Prompts of at most `width` tokens as arrays.
+
+    Args:
+        prompts: token ids, each row of its own length.
+        width: P, at least the longest.
+        keys_B: a random key for each row.
+        limit_B: the most tokens to draw for each.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
@@ -465,7 +487,15 @@ def _slide(
 def read_prompts(
     params: Params, prompts: Prompts, draw: Draw, config: ModelConfig, static: Static
 ) -> Progress:
-    """Reads the prompts and draws each row's first token."""
+    """Reads the prompts and draws each row's first token.
+
+    Args:
+        params: in the form for decoding or as they are trained.
+        prompts: what is read.
+        draw: how to draw.
+        config: the model.
+        static: what the program depends on.
+    """
     tokens_BP, length_B, keys_B, limit_B = prompts
     cache = init_cache(config, len(tokens_BP), static.slots)
     logits_BV, cache = prefill(params, tokens_BP, length_B, cache, config)
@@ -490,7 +520,15 @@ def nothing_drawn(
     history: History | None,
     static: Static,
 ) -> Progress:
-    """Rows that nothing has been drawn for yet."""
+    """Rows that nothing has been drawn for yet.
+
+    Args:
+        state: after the prompts.
+        keys_B: a random key for each row.
+        limit_B: the most tokens to draw for each.
+        history: of the prompts, where there are penalties.
+        static: what the program depends on.
+    """
     B, room = len(limit_B), static.room
     details = None
     if static.logprobs is not None:
@@ -660,7 +698,11 @@ def _check_prompts(prompts: list[list[int]], config: ModelConfig, sampling: Samp
 
 
 def check_prompt(name: str, prompt: list[int], config: ModelConfig) -> None:
-    """Raises UserError for a prompt, told by its name, that is empty or not of this model."""
+    """Raises UserError for a prompt, told by its name, that is empty or not of this model.
+
+    Raises:
+        UserError: for such a prompt.
+    """
     if not prompt:
         raise UserError(f"{name} is empty; give at least one token")
     for token in (min(prompt), max(prompt)):
@@ -674,7 +716,18 @@ def check_prompt(name: str, prompt: list[int], config: ModelConfig) -> None:
 def check_length(
     name: str, prompt: list[int], max_new_tokens: int, config: ModelConfig, otherwise: str = ""
 ) -> None:
-    """Raises UserError for a prompt that is too long; `otherwise` names one more way out."""
+    """Raises UserError for a prompt that is too long; `otherwise` names one more way out.
+
+    Args:
+        name: of the prompt, for errors.
+        prompt: its ids.
+        max_new_tokens: that are to follow.
+        config: the model.
+        otherwise: one more way out, for the error.
+
+    Raises:
+        UserError: if both exceed the model's context.
+    """
     if len(prompt) + max_new_tokens > config.context_length:
         raise UserError(
             f"{name} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's "
@@ -684,7 +737,11 @@ def check_length(
 
 
 def check_sampling(config: ModelConfig, sampling: Sampling) -> None:
-    """Raises UserError where `sampling` names ids that the model has not, or bans all it has."""
+    """Raises UserError where `sampling` names ids that the model has not, or bans all it has.
+
+    Raises:
+        UserError: for such ids.
+    """
     named = [token for token, _ in sampling.logit_bias] + list(sampling.banned)
     for token in named:
         if not 0 <= token < config.vocab_size:

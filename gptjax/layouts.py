@@ -136,6 +136,10 @@ def quantize(params: Params, config: ModelConfig) -> Params:
     Args:
         params: as `init_params` makes them, on any mesh; each stays where it lies.
         config: the model.
+
+    Returns:
+        The same tree, with `Int8` in place of matrices: values, and a float32 scale for each
+        output.
     """
 
     def convert(spec: Any, x: Any) -> Any:
@@ -207,6 +211,9 @@ def decoding_params(params: Params, config: ModelConfig) -> Params:
     Args:
         params: as `init_params` or `quantize` make them.
         config: the model.
+
+    Returns:
+        A tree that the functions that generate take as `params`.
     """
     blocks = params["blocks"]
     if isinstance(blocks, tuple) and "qkv" in blocks[0]["attention"]:

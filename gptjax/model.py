@@ -33,6 +33,7 @@ from gptjax.layouts import (
 from gptjax.params import Params, is_spec, param_specs
 from gptjax.pipeline import pipelined
 from gptjax.sharding import axis_parts, constrain, on_each_device, scattered_sum, summed
+from gptjax.splash import KEPT
 
 if TYPE_CHECKING:
     from gptjax.tokenizer import Tokenizer
@@ -47,7 +48,9 @@ class Model:
     """A model in use: what `load` returns and text goes through."""
 
     config: ModelConfig
+    """What the model is."""
     params: Params
+    """As `init_params` makes them."""
     tokenizer: "Tokenizer | None" = None
     """None where none came with the weights."""
     generation: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +73,9 @@ class LayerCache(NamedTuple):
     """Keys and values that one block has seen, each `[B, K, S, C]`: arrays, or both `Int8`."""
 
     keys: Any
+    """Normalized and rotated, where the model does so."""
     values: Any
+    """As they are projected."""
 
 
 class Context(NamedTuple):
@@ -166,6 +171,12 @@ def hidden_states(
         dropout_key: as in `forward`.
         cache: what each block has seen before; the new keys and values are written into it.
         slots: `[B, T]` int32, with a cache: the slot of each token, which is its position too.
+
+    Returns:
+        The hidden states `[B, T, D]`, the extended cache, and what the routers did.
+
+    Raises:
+        UserError: if T exceeds the model's context length.
     """
     T = tokens_BT.shape[1]
     if T > config.context_length:
@@ -205,6 +216,18 @@ def run_blocks(
     """Applies the blocks in turn: scanned where they are stacked, one by one in a tuple.
 
     Under a mesh with stages they are scanned by stage.
+
+    Args:
+        blocks: `params["blocks"]`, stacked or a tuple.
+        x_BTD: the embedded tokens, `[B, T, D]`.
+        context: what all blocks share.
+        config: the model.
+        keys_B: random keys of the rows; None means no dropout.
+        cache: what each block has seen before; None is nothing.
+
+    Returns:
+        What the last block puts out, `[B, T, D]`, not yet normalized; the extended cache; and what
+        the routers did.
     """
     L = config.num_layers
     layers = layer_traits(config)
@@ -282,6 +305,18 @@ def block(
     """One Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Parallel blocks read the same x in both.
+
+    Args:
+        params: of this block.
+        x_BTD: the residual stream, `[B, T, D]`.
+        context: what all blocks share.
+        config: the model.
+        layer: what sets this block apart.
+        keys_B: random keys of the rows; None means no dropout.
+        cache: what it has seen before; None is nothing.
+
+    Returns:
+        The residual stream after it, `[B, T, D]`; the extended cache; and what the router did.
     """
     keys: Any = (None, None, None)
     if keys_B is not None:
@@ -323,7 +358,20 @@ def self_attention(
     dropout_key: jax.Array | None,
     cache: LayerCache | None,
 ) -> tuple[jax.Array, LayerCache | None]:
-    """Queries, keys and values from x, attention among them, and the output projection."""
+    """Queries, keys and values from x, attention among them, and the output projection.
+
+    Args:
+        params: of the attention.
+        x_BTD: its normalized input, `[B, T, D]`.
+        context: what all blocks share.
+        config: the model.
+        layer: what sets this block apart.
+        dropout_key: random keys of the rows; None means no dropout.
+        cache: what the block has seen before; None is nothing.
+
+    Returns:
+        `[B, T, D]`, and the extended cache.
+    """
     with jax.named_scope("qkv"):
         q_BTHC, k_BTKC, v_BTKC = project_qkv(params, x_BTD, config)
         if config.qk_norm:
@@ -402,20 +450,30 @@ def _joined_product(
     kernel's gradient: these are scattered over devices as they come, where slices of a joined one
     are first summed everywhere.
     """
+    return _joined_product_forward(x_BTD, kernels, config)[0]
+
+
+def _joined_matrix(kernels: tuple[jax.Array, ...], config: ModelConfig, dtype: Any) -> jax.Array:
     kernel_DKNC, _ = join_qkv(dict(zip(_QKV, kernels, strict=True)), config)
-    return jnp.einsum("btd,dknc->btknc", x_BTD, kernel_DKNC.astype(x_BTD.dtype))
+    return as_matrix(kernel_DKNC, 1).astype(dtype)
 
 
 def _joined_product_forward(x_BTD: jax.Array, kernels: tuple[jax.Array, ...], config: ModelConfig):
-    return _joined_product(x_BTD, kernels, config), (x_BTD, kernels)
+    K, N = config.kv_heads, config.num_heads // config.kv_heads + 2
+    kernel_DO = _joined_matrix(kernels, config, x_BTD.dtype)
+    qkv_BTKNC = _matmul(x_BTD, kernel_DO).reshape(*x_BTD.shape[:2], K, N, -1)
+    return qkv_BTKNC, (x_BTD, kernels)
 
 
 def _joined_product_backward(
-    config: ModelConfig, residuals: tuple[jax.Array, tuple[jax.Array, ...]], grad_BTKNC: jax.Array
+    config: ModelConfig,
+    residuals: tuple[jax.Array, tuple[jax.Array, ...]],
+    grad_BTKNC: jax.Array,
 ):
     x_BTD, kernels = residuals
-    kernel_DKNC, _ = join_qkv(dict(zip(_QKV, kernels, strict=True)), config)
-    grad_x = jnp.einsum("btknc,dknc->btd", grad_BTKNC, kernel_DKNC.astype(x_BTD.dtype))
+    kernel_DO = _joined_matrix(kernels, config, x_BTD.dtype)
+    grad_BTO = as_matrix(grad_BTKNC, 2).reshape(*x_BTD.shape[:2], -1)
+    grad_x = jax.lax.dot_general(grad_BTO, kernel_DO, (((2,), (1,)), ((), ())))
     parts = jax.lax.split(grad_BTKNC, (config.num_heads // config.kv_heads, 1, 1), axis=3)
     grads = [jnp.einsum("btd,btknc->dknc", x_BTD, part) for part in parts]
     shaped = (
@@ -456,6 +514,12 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None, inputs: int = 1) -
     """x · kernel + bias over the last `inputs` dimensions of x and the inputs of the kernel.
 
     The kernel is an array, `[*inputs, *outputs]`, or in one of the forms of `layouts`.
+
+    Args:
+        x: `[..., *inputs]`.
+        kernel: `[*inputs, *outputs]`, or one of the forms of `layouts`.
+        bias: `[*outputs]`, or None.
+        inputs: how many dimensions are multiplied out.
     """
     if isinstance(kernel, LowRank):
         return linear(x, kernel.kernel, bias, inputs) + low_rank_product(x, kernel, inputs)
@@ -467,13 +531,42 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None, inputs: int = 1) -
     else:
         weights, scale = split_scale(kernel, x.dtype)
         outputs = weights.shape[inputs:]
-        out = matmul(x.reshape(*outer, width), weights.reshape(width, -1))
+        out = matmul(x.reshape(*outer, width), as_matrix(weights, inputs))
     if scale is not None:
         out = out * along_last(scale, out)
     # Rematerialization does not look into a custom_vjp for products: it goes by this name.
     out = checkpoint_name(out, "product")
     out = out.reshape(*outer, *outputs)
     return out if bias is None else out + along_last(bias.astype(x.dtype), out)
+
+
+def as_matrix(kernel: jax.Array, inputs: int) -> jax.Array:
+    """A kernel `[*inputs, *outputs]` as a matrix `[I, O]`.
+
+    On a TPU whose devices gather it, nothing is to undo that. The compiler would else make a
+    product for each head, whose width need not fill the matrix unit, and gather a kernel twice, in
+    the shapes that the forward and the backward pass have.
+    """
+    if platform() == "tpu" and axis_parts("embed") > 1 and kernel.ndim > 2:
+        return _fixed_matrix(kernel, inputs)
+    return kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _fixed_matrix(kernel: jax.Array, inputs: int) -> jax.Array:
+    """Fixed for the compiler, but for the gradient, which is scattered as it comes."""
+    return jax.lax.optimization_barrier(kernel.reshape(math.prod(kernel.shape[:inputs]), -1))
+
+
+def _fixed_matrix_forward(kernel: jax.Array, inputs: int):
+    return _fixed_matrix(kernel, inputs), jnp.empty((*kernel.shape, 0), kernel.dtype)
+
+
+def _fixed_matrix_backward(inputs: int, like: jax.Array, grad_IO: jax.Array):
+    return (grad_IO.reshape(like.shape[:-1]),)
+
+
+_fixed_matrix.defvjp(_fixed_matrix_forward, _fixed_matrix_backward)
 
 
 def low_rank_product(x: jax.Array, kernel: LowRank, inputs: int = 1) -> jax.Array:
@@ -638,14 +731,27 @@ def rotate(x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def embed(
     params: Params, tokens_BT: jax.Array, positions: jax.Array, config: ModelConfig, dtype: Any
 ) -> jax.Array:
-    """Token vectors, with position vectors added where the model learns them: `[B, T, D]`."""
+    """Token vectors, with position vectors added where the model learns them: `[B, T, D]`.
+
+    Args:
+        params: `params["embed"]`.
+        tokens_BT: `[B, T]` token ids.
+        positions: `[B or 1, T]`, the place of each.
+        config: the model.
+        dtype: of the result.
+    """
     table = params["tokens"]
     if isinstance(table, Int8):
         x_BTD = table[tokens_BT].astype(dtype)
     else:
         x_BTD: jax.Array = look_up(table, tokens_BT, dtype)  # pyright: ignore[reportAssignmentType]
     if config.position == "learned":
-        x_BTD = x_BTD + constrain(params["positions"].astype(dtype), None, None)[positions]
+        if positions.shape[0] == tokens_BT.shape[0] > 1:
+            # Each row has its own: what was said of tokens holds for them.
+            place: jax.Array = look_up(params["positions"], positions, dtype)  # pyright: ignore[reportAssignmentType]
+        else:
+            place = constrain(params["positions"].astype(dtype), None, None)[positions]
+        x_BTD = x_BTD + place
     return normalize(x_BTD, params["norm"], config) if config.embedding_norm else x_BTD
 
 
@@ -709,7 +815,7 @@ def _fold_in(keys_B: jax.Array, number: Any) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of the table in a dtype, with a gradient that is fast for small vocabularies too.
+    """Rows of the table in a dtype, with a gradient in float32 that is fast for small tables too.
 
     Over a mesh a device has some columns of every row, so that it looks up for itself: no table is
     whole anywhere, and no rows are summed over devices.
@@ -730,11 +836,16 @@ def _look_up_backward(dtype: Any, residuals: tuple[jax.Array, jax.Array], grad_B
 
     def table_gradient(tokens: jax.Array, grad: jax.Array) -> jax.Array:
         if V <= 1024:
-            # A scatter runs row by row on a CPU and with contended atomics on a GPU; at this size a
-            # product with one-hot rows is faster.
+            # A scatter runs row by row on a CPU, and on a GPU many rows wait for the same one; at
+            # this size a product with one-hot rows is faster.
             one_hot = jax.nn.one_hot(tokens, V, dtype=grad.dtype)
             table = jnp.einsum("btv,btd->vd", one_hot, grad, preferred_element_type=jnp.float32)
         else:
+            # In float32, which a GPU adds in memory in one instruction, where two bytes may take a
+            # loop of compare and swap and would round every sum. GPT-2's vocabulary as a product
+            # would be 77 million operations a token, a tenth of its whole step. Sorting the tokens
+            # first would not help: XLA's kernel adds up equal ones before it writes only where
+            # there are more tokens than rows.
             table = jnp.zeros((V, grad.shape[-1]), jnp.float32)
             table = table.at[tokens].add(grad.astype(jnp.float32))
         if not mesh.empty:
@@ -755,7 +866,14 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 def write_cache(
     cache: LayerCache, k_BTKC: jax.Array, v_BTKC: jax.Array, slots_BT: jax.Array
 ) -> LayerCache:
-    """Writes new keys and values into each row's own slots; slots past the end are dropped."""
+    """Writes new keys and values into each row's own slots; slots past the end are dropped.
+
+    Args:
+        cache: of one block.
+        k_BTKC: new keys, `[B, T, K, C]`.
+        v_BTKC: new values, `[B, T, K, C]`.
+        slots_BT: `[B, T]`, where each goes.
+    """
     B, _, K, _ = k_BTKC.shape
     # All three are spelled out, heads too: with a slice for the heads and one row of one token, XLA
     # makes it an update of a slice, and then copies the whole cache in every decode step.
@@ -776,12 +894,17 @@ def scan_unroll(config: ModelConfig) -> int:
 
 
 def rematerialized(body: Any, config: ModelConfig) -> Any:
-    """The scan body under the configured rematerialization policy."""
+    """The scan body under the configured rematerialization policy.
+
+    Raises:
+        UserError: if the policy is "auto", which is chosen before, where the batch is known.
+    """
     match config.remat:
         case "none":
             return body
         case "dots":
-            policy = jax.checkpoint_policies.save_only_these_names("product")
+            # And the attention kernel's output, so that the backward pass repeats no product.
+            policy = jax.checkpoint_policies.save_only_these_names("product", KEPT)
             return jax.checkpoint(body, policy=policy, prevent_cse=scan_unroll(config) > 1)
         case "full":
             return jax.checkpoint(body, prevent_cse=scan_unroll(config) > 1)
@@ -793,3 +916,9 @@ def rematerialized(body: Any, config: ModelConfig) -> Any:
                 offload_dst="pinned_host",
             )
             return jax.checkpoint(body, policy=policy, prevent_cse=scan_unroll(config) > 1)
+        case "auto":
+            raise UserError(
+                "remat is 'auto', which `fit` chooses by batch, mesh and optimizer; here give one "
+                "of none, dots, full and offload, or config.replace(remat=gptjax.planning."
+                "choose_remat(config, batch=..., mesh=...))"
+            )

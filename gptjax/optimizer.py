@@ -108,6 +108,9 @@ def make_optimizer(
         model: the model.
         steps: length of the whole run in updates.
         trainable: what is trained; None is everything.
+
+    Returns:
+        An optax transformation, with the schedules inside.
     """
     import optax
 

@@ -57,6 +57,9 @@ def param_specs(config: ModelConfig) -> Params:
 
     The blocks' parameters are stacked: their first dimension, "layers", is what the model scans
     over.
+
+    Returns:
+        A nested dict as `init_params` makes it, with a `ParamSpec` in place of each array.
     """
     D, H, K, C = config.embed_dim, config.num_heads, config.kv_heads, config.head_width
     F, L, V = config.mlp_width, config.num_layers, config.vocab_size
@@ -222,7 +225,11 @@ def spec_shardings(specs: Params, mesh: Mesh) -> Params:
 
 
 def count_params(config: ModelConfig) -> int:
-    """The number of parameters, without allocating any."""
+    """The number of parameters, without allocating any.
+
+    Returns:
+        All of them, experts that are not chosen too; a tied head counts once.
+    """
     return count_specs(param_specs(config))
 
 

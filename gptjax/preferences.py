@@ -30,7 +30,9 @@ class Preference(NamedTuple):
     """Two answers to one prompt, the prompt included, whose weights count the answers' tokens."""
 
     chosen: Example
+    """The one that is preferred."""
     rejected: Example
+    """The other."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +192,20 @@ class PreferenceLoader(Loader):
         return len(self.pairs) / self.batch_size
 
     def read(self, rows: np.ndarray) -> Batch:
-        """Returns the pairs of these global numbers, 0 or more each, in their order."""
+        """Returns the pairs of these global numbers, 0 or more each, in their order.
+
+        Returns:
+            A batch whose arrays are `[n, T]`.
+        """
         places, _ = epoch_places(rows, len(self.pairs), self.seed if self.shuffle else None)
         return self._batch(places.tolist(), len(rows))
 
     def in_order(self) -> Iterator[Batch]:
-        """Yields every pair once, in batches of one shape filled up with pairs of no weight."""
+        """Yields every pair once, in batches of one shape filled up with pairs of no weight.
+
+        Yields:
+            A batch whose arrays are `[B, T]`.
+        """
         for start in range(0, len(self.pairs), self.batch_size):
             end = min(start + self.batch_size, len(self.pairs))
             yield self._batch(range(start, end), self.batch_size)
@@ -218,6 +228,9 @@ class PreferenceLoader(Loader):
             mesh: over which the parameters lie and pairs are split, one process's; None is the
                 default device.
             options: how logits are computed.
+
+        Returns:
+            A loader of the same pairs in the same order.
         """
         new = PreferenceLoader(
             self.pairs,

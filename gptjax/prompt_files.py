@@ -45,6 +45,7 @@ class Line(NamedTuple):
     record: dict[str, Any]
     """All that the line has."""
     prompt: str | list[dict[str, Any]]
+    """A text, or the messages of a conversation."""
     limit: int
     """The most tokens to add."""
 

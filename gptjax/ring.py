@@ -33,6 +33,13 @@ def ring_attention(
 
     A device holds its own part of each array and one part more of keys and values; the products of
     queries and keys are there for two parts at a time.
+
+    Args:
+        q_BTHC: queries, `[B, T, H, C]`.
+        k_BTKC: keys, `[B, T, K, C]`.
+        v_BTKC: values, `[B, T, K, C]`.
+        window: as in `attention`.
+        segments: `[B, T]` int, the document of each token.
     """
     B, T = q_BTHC.shape[:2]
     reach = jnp.int32(T) if window is None else jnp.asarray(window, jnp.int32)

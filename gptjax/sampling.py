@@ -116,7 +116,17 @@ class Sampling:
 
 
 class Filters(NamedTuple):
-    """Which parts of the sampling program are on: what a compiled program depends on."""
+    """Which parts of the sampling program are on: what a compiled program depends on.
+
+    Attributes:
+        greedy: whether the likeliest token is taken.
+        top_k: and likewise the other three: whether this filter is on.
+        top_p: likewise.
+        min_p: likewise.
+        typical_p: likewise.
+        penalties: whether any penalty is on.
+        bias: whether tokens are biased or banned.
+    """
 
     greedy: bool
     top_k: bool
@@ -128,7 +138,20 @@ class Filters(NamedTuple):
 
 
 class FilterValues(NamedTuple):
-    """The numbers of the filters, traced, so that a new one does not recompile."""
+    """The numbers of the filters, traced, so that a new one does not recompile.
+
+    Attributes:
+        temperature: 1 where the likeliest token is taken.
+        top_k: as `Sampling` has it, or anything where it is off; likewise the rest.
+        top_p: likewise.
+        min_p: likewise.
+        typical_p: likewise.
+        repetition_penalty: likewise.
+        presence_penalty: likewise.
+        frequency_penalty: likewise.
+        bias_ids: `[n]` int32 token ids, filled up with ones beyond every vocabulary.
+        biases: `[n]` float32, what is added to the logits of these.
+    """
 
     temperature: jax.Array
     top_k: jax.Array
@@ -139,7 +162,6 @@ class FilterValues(NamedTuple):
     presence_penalty: jax.Array
     frequency_penalty: jax.Array
     bias_ids: jax.Array
-    """Token ids, filled up with ones beyond every vocabulary."""
     biases: jax.Array
 
 
@@ -239,7 +261,14 @@ def sample(
 def adjust_logits(
     logits_BV: jax.Array, filters: Filters, values: FilterValues, history: History | None
 ) -> jax.Array:
-    """Logits with penalties and biases."""
+    """Logits with penalties and biases.
+
+    Args:
+        logits_BV: `[B, V]` float32.
+        filters: which parts are on.
+        values: their numbers.
+        history: what the rows hold, where there are penalties.
+    """
     if filters.penalties:
         assert history is not None
         penalty = values.repetition_penalty

@@ -77,6 +77,9 @@ def make_mesh(
     One axis may be -1: as many as there are devices left. Of TPU slices joined by a data-center
     network, `data` is what spans them.
 
+    Returns:
+        A mesh for `init_state`, `make_train_step` and `fit`.
+
     Raises:
         UserError: if the product of the axes is not the number of devices, or `data` does not
             divide over the slices.
@@ -116,6 +119,9 @@ def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     Args:
         text: see `mesh_axes`.
         devices: None means all.
+
+    Returns:
+        As `make_mesh`.
 
     Raises:
         UserError: as `mesh_axes` and `make_mesh` do.
@@ -217,6 +223,12 @@ def named_sharding(
     mesh: Mesh, axes: Sequence[str], shape: Sequence[int], name: str
 ) -> NamedSharding:
     """The sharding of an array by its logical axes.
+
+    Args:
+        mesh: the mesh.
+        axes: a logical axis for each dimension, see `RULES`.
+        shape: of the array.
+        name: of the array, for errors.
 
     Raises:
         UserError: if a dimension does not divide: GSPMD would silently replicate it.

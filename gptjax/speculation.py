@@ -94,14 +94,18 @@ class Plan(NamedTuple):
     """The static part of a `Speculation`."""
 
     tokens: int
+    """How many are proposed at once."""
     ngram: int
+    """The most last tokens that are looked for."""
     draft: ModelConfig | None
+    """The draft model; None where the prompt is looked up."""
 
 
 class Carry(NamedTuple):
     """What goes from pass to pass."""
 
     progress: Progress
+    """What generation carries without proposals."""
     text_BS: jax.Array
     """The tokens of each row, drawn ones too, each in the place that is its slot."""
     draft_cache: KVCache | None
@@ -120,7 +124,17 @@ class Proposals(NamedTuple):
 def check_speculation(
     speculation: Speculation, longest: int, max_new_tokens: int, config: ModelConfig
 ) -> None:
-    """Raises UserError for a draft model that cannot serve."""
+    """Raises UserError for a draft model that cannot serve.
+
+    Args:
+        speculation: what proposes.
+        longest: tokens of the longest prompt.
+        max_new_tokens: that are to follow.
+        config: the model whose tokens are proposed.
+
+    Raises:
+        UserError: if the draft model's vocabulary is another, or its context too short.
+    """
     if not isinstance(speculation, DraftModel):
         return
     draft = speculation.config
@@ -144,7 +158,16 @@ def generate_speculatively(
     static: Static,
     speculation: Speculation,
 ) -> Drawn:
-    """As `generation` draws without; `static.slots` has room for the proposals of the last pass."""
+    """As `generation` draws without; `static.slots` has room for the proposals of the last pass.
+
+    Args:
+        params: of the model.
+        prompts: what is read.
+        draw: how to draw.
+        config: the model.
+        static: what the program depends on.
+        speculation: what proposes.
+    """
     draft, draft_params = None, None
     if isinstance(speculation, DraftModel):
         draft = speculation.config
@@ -224,7 +247,18 @@ def look_up(carry: Carry, plan: Plan) -> Proposals:
 def ask_draft(
     params: Params, carry: Carry, draw: Draw, filters: Filters, plan: Plan
 ) -> tuple[Proposals, KVCache]:
-    """What the draft model draws, one token after another."""
+    """What the draft model draws, one token after another.
+
+    Args:
+        params: the draft model's.
+        carry: the texts, and its cache.
+        draw: how to draw.
+        filters: which parts of sampling are on.
+        plan: how many to propose.
+
+    Returns:
+        The proposals, and the extended cache.
+    """
     config, progress = plan.draft, carry.progress
     assert config is not None
     assert carry.draft_cache is not None
@@ -260,7 +294,16 @@ def verify(
     config: ModelConfig,
     static: Static,
 ) -> Carry:
-    """Reads the proposals in one pass, keeps those that stand, and draws one token more."""
+    """Reads the proposals in one pass, keeps those that stand, and draws one token more.
+
+    Args:
+        params: of the model.
+        carry: the texts so far.
+        proposals: what was proposed for each row.
+        draw: how to draw.
+        config: the model.
+        static: what the program depends on.
+    """
     before = carry.progress
     length_B, B = before.state.length_B, len(before.count_B)
     K = proposals.tokens_BK.shape[1]

@@ -187,6 +187,9 @@ def generate_chat(
         key: as in `generate`.
         options: as in `chat_ids`.
 
+    Returns:
+        The text, without what ends it.
+
     Raises:
         UserError: as `chat_ids` and `generate_text` do.
     """
@@ -213,7 +216,11 @@ def prompt_ids(model: Model, text: str) -> list[int]:
 
 
 def tokenizer_of(model: Model) -> Tokenizer:
-    """The model's tokenizer; raises UserError where it has none."""
+    """The model's tokenizer; raises UserError where it has none.
+
+    Raises:
+        UserError: if it has none.
+    """
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer; use generate() with token ids")
     return model.tokenizer

@@ -25,7 +25,14 @@ that little is wasted where a batch has fewer tokens to score."""
 
 
 class Window(NamedTuple):
-    """Tokens `[start, end)` of a row are read, and tokens `[first, end]` are scored by that."""
+    """Tokens `[start, end)` of a row are read, and tokens `[first, end]` are scored by that.
+
+    Attributes:
+        row: its number.
+        start: the first token that is read.
+        end: where reading ends.
+        first: the first token that is scored.
+    """
 
     row: int
     start: int
@@ -34,7 +41,13 @@ class Window(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Of each token: the logarithm of its probability, the entropy before it, and its rank."""
+    """Of each token: the logarithm of its probability, the entropy before it, and its rank.
+
+    Attributes:
+        logprobs: float32, in nats.
+        entropies: float32, in nats.
+        ranks: int32, how many tokens of the vocabulary are strictly likelier.
+    """
 
     logprobs: np.ndarray
     entropies: np.ndarray
@@ -47,6 +60,12 @@ def windows(row: int, length: int, context: int, stride: int) -> Iterator[Window
     A window reads `context` tokens and begins `stride` tokens after the one before. It scores what
     those before it have not, so that a token has at least `context - stride` tokens before it, or
     all there are.
+
+    Args:
+        row: its number.
+        length: tokens it has.
+        context: tokens that a window reads.
+        stride: tokens from one window to the next.
     """
     start, first = 0, 1
     while first < length:

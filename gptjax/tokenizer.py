@@ -71,6 +71,9 @@ class Tokenizer(Protocol):
 class CharTokenizer:
     """One token a character; the id is the character's place in `alphabet`.
 
+    Attributes:
+        alphabet: The characters, each once, in the order of their ids.
+
     Raises:
         UserError: `alphabet` is empty or repeats a character.
     """
@@ -94,14 +97,17 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """How many characters there are."""
         return len(self.alphabet)
 
     @property
     def eos_id(self) -> int | None:
+        """None: no character ends a document."""
         return None
 
     @property
     def bos_id(self) -> int | None:
+        """None: no character begins a text."""
         return None
 
     def encode(self, text: str) -> list[int]:
@@ -121,10 +127,15 @@ class CharTokenizer:
         return "".join([self.alphabet[i] for i in _checked_ids(ids, self.vocab_size)])
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns kind and alphabet; `tokenizer_from_dict` is the inverse."""
         return {"kind": "characters", "alphabet": self.alphabet}
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Returns what `encode` does as a 1-D int32 array, many times as fast."""
+        """Returns what `encode` does as a 1-D int32 array, many times as fast.
+
+        Raises:
+            UserError: As `encode`.
+        """
         points = _code_points(text)
         # The table ends with an unknown, to which every larger code point is clipped.
         ids = self._id_of_code_point[np.minimum(points, len(self._id_of_code_point) - 1)]
@@ -153,17 +164,21 @@ class ByteTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """257: the bytes, and the end of a document."""
         return 257
 
     @property
     def eos_id(self) -> int | None:
+        """256, which is no byte."""
         return 256
 
     @property
     def bos_id(self) -> int | None:
+        """None: nothing begins a text."""
         return None
 
     def encode(self, text: str) -> list[int]:
+        """Returns the bytes of `text` in UTF-8."""
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
@@ -176,6 +191,7 @@ class ByteTokenizer:
         return bytes(i for i in checked if i < 256).decode("utf-8", errors="replace")
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the kind; `tokenizer_from_dict` is the inverse."""
         return {"kind": "bytes"}
 
 
@@ -300,6 +316,7 @@ class BPETokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """The largest id of the vocabulary, added tokens included, plus 1."""
         return self._vocab_size
 
     @property
@@ -309,13 +326,16 @@ class BPETokenizer:
 
     @property
     def eos_id(self) -> int | None:
+        """The id of `eos_token`; None where there is none."""
         return self._named_id("end-of-text", self.eos_token)
 
     @property
     def bos_id(self) -> int | None:
+        """The id of `bos_token`; None where there is none."""
         return self._named_id("beginning-of-text", self.bos_token)
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`, adding no special tokens."""
         return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -384,6 +404,7 @@ class BPETokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         # A run compares what an earlier one stored, so what is not there adds no key.
+        """Returns vocabulary, rules, special tokens and template as JSON-serializable values."""
         named = {"bos_token": self.bos_token, "chat_template": self.chat_template}
         return {
             "kind": "bpe",

@@ -68,6 +68,9 @@ def init_state(
         ema: whether to keep an average of the parameters.
         trainable: what is trained, see `adapters`; None is everything. `optimizer` is then for
             that alone.
+
+    Returns:
+        The state, with step 0.
     """
     params_key, run_key = jax.random.split(key)
     if params is None:
@@ -108,6 +111,13 @@ def abstract_state(
     """The state's shapes, dtypes and (with a mesh) shardings, without any arrays.
 
     What a checkpoint is restored into, but for its frozen parameters.
+
+    Args:
+        config: as in `init_state`.
+        optimizer: as in `init_state`.
+        mesh: as in `init_state`.
+        ema: as in `init_state`.
+        trainable: as in `init_state`.
     """
     init = partial(init_state, config, optimizer, ema=ema, trainable=trainable)
     state = jax.eval_shape(init, jax.random.key(0))
@@ -122,7 +132,14 @@ def abstract_state(
 def state_shardings(
     config: ModelConfig, state: TrainState, mesh: Mesh, trainable: Trainable | None = None
 ) -> TrainState:
-    """Where each array of a state lies: everything shaped like a parameter lies as it does."""
+    """Where each array of a state lies: everything shaped like a parameter lies as it does.
+
+    Args:
+        config: the model.
+        state: of arrays, or of their shapes.
+        mesh: where it shall lie.
+        trainable: what is trained; None is everything.
+    """
     places = sharding.like_params(
         state.replace(frozen=None),  # pyright: ignore[reportAttributeAccessIssue]
         state.params,

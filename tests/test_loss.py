@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small_models import GPT2, STYLES, random_params
 
+import gptjax.loss
 from gptjax.config import ModelConfig
 from gptjax.loss import LossOptions, loss_fn
 from gptjax.model import forward
@@ -154,3 +155,49 @@ def test_no_rank_is_promoted(
     options = LossOptions(z_loss=0.1, recompute=recompute, logits_at_once=logits_at_once)
     with jax.numpy_rank_promotion("raise"):
         jax.eval_shape(jax.grad(lambda p: loss_fn(p, batch, config, options=options)[0]), params)
+
+
+@pytest.mark.parametrize("logits_at_once", [None, 200])
+@STYLES
+def test_what_is_padded_for_an_accelerator_counts_nowhere(
+    config: ModelConfig,
+    logits_at_once: int | None,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params, batch = random_params(config, rng), random_batch(config, rng)
+    options = LossOptions(z_loss=0.1, logits_at_once=logits_at_once)
+    value = lambda params: loss_fn(params, batch, config, options=options)[0]
+    expected = jax.value_and_grad(value)(params)
+    monkeypatch.setattr(gptjax.loss, "platform", lambda: "gpu")
+    padded = gptjax.loss._split(jnp.ones((config.vocab_size, 2)), jnp.float32)
+    assert padded.shape[0] % 128 == 0 != config.vocab_size % 128
+    got = jax.value_and_grad(value)(params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-5), got, expected)
+
+
+def test_gradients_of_low_precision_logits_are_of_low_precision(rng: np.random.Generator) -> None:
+    """Near those of float32, and of the dtype that the products are fast in."""
+    x = jnp.asarray(rng.normal(size=(2, 9, 16)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(50, 16)), jnp.bfloat16)
+    upstream = jnp.asarray(rng.normal(size=(2, 9, 50)), jnp.float32)
+
+    def objective(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.sum(gptjax.loss._logits(x, kernel) * upstream)
+
+    half = jax.grad(objective, argnums=(0, 1))(x, kernel)
+    full = jax.grad(objective, argnums=(0, 1))(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    for got, expected in zip(half, full, strict=True):
+        assert got.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(got, np.float32) - expected) / np.linalg.norm(expected)
+        assert error < 0.01
+    pulled_back = jax.make_jaxpr(lambda x, k: jax.vjp(gptjax.loss._logits, x, k)[1](upstream))
+    equations = pulled_back(x, kernel).eqns
+    operands = [
+        str(operand.aval.dtype)
+        for equation in equations
+        if equation.primitive.name == "dot_general"
+        for operand in equation.invars
+    ]
+    assert len(operands) >= 4
+    assert set(operands) == {"bfloat16"}

@@ -13,7 +13,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.layouts import unstack_blocks
 from gptjax.loss import loss_fn
-from gptjax.model import dropout, forward
+from gptjax.model import dropout, embed, forward
 from gptjax.params import Params, init_params
 
 CONFIGS = {
@@ -298,6 +298,35 @@ def test_the_gradient_of_the_embedding_is_a_sum_over_uses(
     expected = np.zeros(table.shape)
     np.add.at(expected, tokens, upstream)
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_the_gradient_of_positions_is_a_sum_over_uses(rng: np.random.Generator) -> None:
+    """Also where the rows of a batch count differently, as packed documents make them."""
+    params, tokens = random_params(GPT2, rng), random_tokens(GPT2, rng)
+    B, T = tokens.shape
+    plain = np.broadcast_to(np.arange(T), (B, T))
+    upstream = rng.normal(size=(B, T, GPT2.embed_dim)).astype(np.float32)
+
+    def gradient(positions: jax.Array) -> np.ndarray:
+        def objective(table: jax.Array) -> jax.Array:
+            embedded = embed(
+                params["embed"] | {"positions": table},
+                jnp.asarray(tokens),
+                positions,
+                GPT2,
+                jnp.float32,
+            )
+            return jnp.sum(embedded * upstream)
+
+        return np.asarray(jax.grad(objective)(params["embed"]["positions"]))
+
+    for positions in (plain, rng.integers(0, T, (B, T))):
+        expected = np.zeros(params["embed"]["positions"].shape)
+        np.add.at(expected, positions, upstream)
+        np.testing.assert_allclose(gradient(jnp.asarray(positions)), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        gradient(jnp.arange(T)[None]), gradient(jnp.asarray(plain)), atol=1e-5
+    )
 
 
 def test_logits_are_capped(rng: np.random.Generator) -> None:

@@ -443,10 +443,10 @@ def test_recomputation_costs_time_and_saves_memory() -> None:
     peaks = [by_policy[policy].peak_bytes_per_chip for policy in ("full", "dots", "none")]
     assert peaks == sorted(peaks)
     assert by_policy["full"].bounds.compute > by_policy["none"].bounds.compute
-    # "auto" is nothing where that fits and everything otherwise.
+    # "auto" is the least that fits.
     small = plan(preset("gpt2"), "v5p:2x2x2", batch=8, remat="auto", compile=False)
     large = plan(preset("gpt3-175b"), "v5p:8x8x8", batch=512, remat="auto", compile=False)
-    assert (small.remat, large.remat) == ("none", "full")
+    assert (small.remat, large.remat) == ("none", "dots")
 
 
 def test_without_the_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,7 +616,8 @@ class TestTPUCompiler:
         assert gathers
         assert {c.dtype for c in gathers} == {"bf16"}
         assert {c.axes for c in gathers} == {("fsdp",)}
-        assert {c.count for c in gathers} == {config.num_layers}
+        # Each turn gathers what the next one needs, and the first block's stand before the loop.
+        assert {c.count for c in gathers} <= {config.num_layers - 1, config.num_layers}
 
     def test_what_does_not_fit(self) -> None:
         """One v5e has no room for a model of 1.6 billion parameters with its optimizer."""

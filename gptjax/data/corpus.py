@@ -115,7 +115,11 @@ def load_corpus(
 
 
 def check_fraction(validation_fraction: float) -> None:
-    """Refuses what is no part of a whole."""
+    """Refuses what is no part of a whole.
+
+    Raises:
+        UserError: It is not between 0 and 1.
+    """
     if not 0 < validation_fraction < 1:
         raise UserError(
             f"validation_fraction is {validation_fraction}: give a number between 0 and 1, "
@@ -124,7 +128,11 @@ def check_fraction(validation_fraction: float) -> None:
 
 
 def check_sides(train: int, validation: int, source: str) -> None:
-    """Refuses a source that is split already and leaves a side without documents."""
+    """Refuses a source that is split already and leaves a side without documents.
+
+    Raises:
+        UserError: A side has none.
+    """
     if not train or not validation:
         raise UserError(
             f"{source!r} has {train} train and {validation} validation documents with text: each "
@@ -133,7 +141,11 @@ def check_sides(train: int, validation: int, source: str) -> None:
 
 
 def split_files(source: str | Path) -> tuple[Path, Path] | None:
-    """Returns the files for train and validation of a folder that is split already, or None."""
+    """Returns the files for train and validation of a folder that is split already, or None.
+
+    Raises:
+        UserError: A side has two files, or one side text and the other tokens.
+    """
     folder = Path(source)
     if source == EMBEDDED or str(source).startswith(TFDS_PREFIX) or not folder.is_dir():
         return None
@@ -161,7 +173,13 @@ def _named(folder: Path, stems: Sequence[str]) -> list[Path]:
 
 
 class HashSplit(NamedTuple):
-    """Which of several documents are held out, by the digests of `new_hash`."""
+    """Which of several documents are held out, by the digests of `new_hash`.
+
+    Attributes:
+        smallest: The smallest digest of all documents, which is always held out.
+        largest: The largest, which never is.
+        limit: Digests below it, as whole numbers, are held out.
+    """
 
     smallest: bytes
     largest: bytes
@@ -177,6 +195,13 @@ def hash_split(
     smallest: bytes, largest: bytes, documents: int, fraction: float, source: str
 ) -> HashSplit:
     """Returns the rule for several documents, by two of their digests.
+
+    Args:
+        smallest: Of all digests.
+        largest: Of all digests.
+        documents: How many there are, for errors.
+        fraction: The share to hold out.
+        source: For errors.
 
     Raises:
         UserError: All documents are the same.
@@ -205,7 +230,11 @@ def cut_place(characters: int, fraction: float, source: str) -> int:
 
 
 def check_text(documents: int, source: str) -> None:
-    """Refuses a source without any text."""
+    """Refuses a source without any text.
+
+    Raises:
+        UserError: There is none.
+    """
     if not documents:
         raise UserError(f"source {source!r} has 0 documents with text: give one with text")
 
@@ -230,7 +259,11 @@ def new_hash(text: str = "") -> "hashlib.blake2b":
 
 
 def check_tokenizer(tokenizer: str | Path | Tokenizer, vocab_size: int | None) -> None:
-    """Refuses what cannot be honoured, before any text is read."""
+    """Refuses what cannot be honoured, before any text is read.
+
+    Raises:
+        UserError: The name is unknown, or `vocab_size` is given for what has its own.
+    """
     if vocab_size is not None and tokenizer != "bpe":
         raise UserError(
             f"vocab_size={vocab_size} is for tokenizer='bpe', which is trained; tokenizer="
@@ -251,7 +284,17 @@ def make_tokenizer(
     train: Iterable[str],
     validation: Iterable[str],
 ) -> Tokenizer:
-    """Returns a tokenizer by its name or folder, of or trained on text where its kind needs it."""
+    """Returns a tokenizer by its name or folder, of or trained on text where its kind needs it.
+
+    Args:
+        tokenizer: As in `load_corpus`.
+        vocab_size: How many tokens `"bpe"` learns.
+        train: Documents, of which `"bpe"` learns and `"characters"` takes the alphabet.
+        validation: Documents, whose characters are in the alphabet too.
+
+    Raises:
+        UserError: A folder holds none, or one that cannot be read.
+    """
     if not isinstance(tokenizer, str | Path):
         return tokenizer
     if tokenizer == "characters":

@@ -21,7 +21,13 @@ from gptjax.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Job:
-    """Pieces to encode, and where they begin for an error to name."""
+    """Pieces to encode, and where they begin for an error to name.
+
+    Attributes:
+        pieces: What is encoded, in order.
+        document: The number of the first document in it, from 0.
+        character: Where in that document the job begins.
+    """
 
     pieces: list[Piece]
     document: int
@@ -40,6 +46,12 @@ def encode_jobs(
     """Yields for each job, in order, all ids, how many are of each piece, and which end documents.
 
     No more jobs are under way than keep the workers busy, so that memory is bounded.
+
+    Args:
+        encoder: What encodes.
+        jobs: What there is to encode.
+        workers: Processes; 1 is this one.
+        advance: Is told the UTF-8 bytes of each job that is done.
     """
     with contextlib.ExitStack() as stack:
         if workers == 1:

@@ -153,7 +153,7 @@ def epoch_places(rows: np.ndarray, count: int, seed: int | None) -> tuple[np.nda
     """Lays epochs of the same `count` things end to end, each in an order of its own.
 
     Args:
-        rows: Which of all to look at, 0 or more each.
+        rows: `[n]`, which of all to look at, 0 or more each.
         count: How many things an epoch visits.
         seed: Of the orders; None keeps every epoch in order.
 
@@ -242,14 +242,22 @@ def _batch(rows: np.ndarray, separator: int | None) -> Batch:
 
 
 def check_shape(batch_size: int, context_length: int) -> None:
-    """Refuses batches without rows or rows without tokens."""
+    """Refuses batches without rows or rows without tokens.
+
+    Raises:
+        UserError: Either is below 1.
+    """
     for name, value in (("batch_size", batch_size), ("context_length", context_length)):
         if value < 1:
             raise UserError(f"{name} is {value}: give 1 or more")
 
 
 def check_seed(seed: int) -> None:
-    """Refuses negative seeds."""
+    """Refuses negative seeds.
+
+    Raises:
+        UserError: It is negative.
+    """
     if seed < 0:
         raise UserError(f"seed is {seed}: give 0 or more")
 

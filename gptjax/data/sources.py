@@ -294,7 +294,11 @@ def _jsonl_documents(file: BinaryIO | gzip.GzipFile, path: Path, text_key: str) 
 def jsonl_records(
     file: BinaryIO | gzip.GzipFile, path: Path
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a file with one a line, and where each is, for messages."""
+    """The objects of a file with one a line, and where each is, for messages.
+
+    Raises:
+        UserError: A line is too long, no JSON or no object; names file and line.
+    """
     offset = 0
     for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
         start, offset = offset, offset + len(line)

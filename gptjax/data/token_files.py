@@ -90,7 +90,11 @@ def read_tokens(path: str | Path, vocab_size: int | None = None) -> np.memmap:
 
 
 def open_tokens(path: str | Path) -> tuple[np.memmap, dict[str, Any] | None]:
-    """Returns the mapped ids and what the sidecar says, None where there is none."""
+    """Returns the mapped ids and what the sidecar says, None where there is none.
+
+    Raises:
+        UserError: The file is missing or of the wrong size, or its sidecar cannot be read.
+    """
     binary, sidecar = _token_paths(path)
     if not binary.is_file():
         raise UserError(f"no token file {str(binary)!r}: write one with write_tokens")
@@ -128,7 +132,11 @@ def _token_paths(path: str | Path) -> tuple[Path, Path]:
 
 
 def check_width(dtype: np.dtype, vocab_size: int, name: str) -> None:
-    """Raises where ids of a vocabulary do not fit a dtype, so that larger ones have wrapped."""
+    """Raises where ids of a vocabulary do not fit a dtype, so that larger ones have wrapped.
+
+    Raises:
+        UserError: They do not fit.
+    """
     if vocab_size > np.iinfo(dtype).max + 1:
         raise UserError(
             f"{name!r} holds {dtype.name} tokens, in which ids from {np.iinfo(dtype).max + 1:,} on "
@@ -138,7 +146,11 @@ def check_width(dtype: np.dtype, vocab_size: int, name: str) -> None:
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, name: str) -> None:
-    """Raises where an id is not in the vocabulary, reading a chunk at a time."""
+    """Raises where an id is not in the vocabulary, reading a chunk at a time.
+
+    Raises:
+        UserError: One is outside; names it and its place.
+    """
     for start in range(0, len(tokens), _CHUNK):
         chunk = np.asarray(tokens[start : start + _CHUNK])
         wrong = (chunk < 0) | (chunk >= vocab_size)

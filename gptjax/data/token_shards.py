@@ -153,6 +153,9 @@ def open_token_shards(folder: str | Path) -> TokenShards:
 
     The size of every file is compared with the manifest; `verify_token_shards` compares hashes.
 
+    Returns:
+        The train and validation tokens, 1-D, and the tokenizer.
+
     Raises:
         UserError: The folder is not complete, a file is missing or has another size, or the
             manifest cannot be read or is of a newer version.
@@ -350,7 +353,16 @@ def write_manifest(
     end_id: int | None,
     splits: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Makes a folder complete: writes its manifest, all or nothing."""
+    """Makes a folder complete: writes its manifest, all or nothing.
+
+    Args:
+        folder: Of the shards.
+        dtype: Of the tokens.
+        tokenizer: Is stored whole.
+        source: What was tokenized.
+        end_id: The id after each document; None where there is none.
+        splits: Of each split what `SplitWriter` says of its files.
+    """
     values = {
         "format": _FORMAT,
         "version": _VERSION,

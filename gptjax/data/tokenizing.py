@@ -106,6 +106,9 @@ def tokenize(
         overwrite: Whether shards that are in the destination already are replaced.
         progress: Whether a terminal shows a bar.
 
+    Returns:
+        How many documents and tokens, and how long it took.
+
     Raises:
         UserError: The source cannot be read or split, the destination holds something else or is
             being written, or an argument is not legal.

@@ -275,6 +275,7 @@ class Preference:
     ties: int
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-serializable values."""
         return {
             "share": self.share,
             "interval": [self.low, self.high],
@@ -348,6 +349,9 @@ def evaluate_pairs(model: Model, pairs: Sequence[Pair], *, batch_size: int = 8) 
         model: with a tokenizer.
         pairs: from `read_crows_pairs`, `read_winogender` or `read_pairs`.
         batch_size: sentences that are read at once.
+
+    Returns:
+        Share and difference, over all pairs and by kind of bias.
 
     Raises:
         UserError: if there are no pairs, and as `gptjax.score` does.

@@ -15,7 +15,12 @@ from gptjax.sampling import Sampling
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt, and the completions that are right."""
+    """A prompt, and the completions that are right.
+
+    Attributes:
+        prompt: what is continued.
+        answers: the right completions, of which any will do.
+    """
 
     prompt: str
     answers: tuple[str, ...]

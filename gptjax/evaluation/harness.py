@@ -101,7 +101,11 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The token that ends a text.
+
+        Raises:
+            UserError: if there is none.
+        """
         if self.tokenizer.eos_id is None:
             raise UserError("the tokenizer has no token that ends a text, which lm_eval needs")
         return self.tokenizer.eos_id
@@ -130,7 +134,11 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as one text; without a generation prompt its last message goes on."""
+        """A conversation as one text; without a generation prompt its last message goes on.
+
+        Raises:
+            UserError: if the tokenizer has no chat template.
+        """
         template = getattr(self.tokenizer, "chat_template", None)
         if template is None:
             raise UserError("this model has no chat template; leave --apply_chat_template out")

@@ -82,7 +82,11 @@ def each_group(
 def each_loglikelihood(
     model: Model, requests: Sequence[Request], *, batch_size: int = 8
 ) -> Iterator[tuple[int, Loglikelihood]]:
-    """As `loglikelihoods`, but gives the index of a request and its result as batches end."""
+    """As `loglikelihoods`, but gives the index of a request and its result as batches end.
+
+    Raises:
+        UserError: as `loglikelihoods` does.
+    """
     context = model.config.context_length
     begins: list[int] | None = None
     rows, parts = [], []

@@ -21,7 +21,14 @@ def make_eval_step(
     loss_options: LossOptions = LossOptions(),
     objective: Objective = loss_sums,
 ) -> EvalStep:
-    """The compiled function `step(params, batch) -> (nll, targets)`, both sums over the batch."""
+    """The compiled function `step(params, batch) -> (nll, targets)`, both sums over the batch.
+
+    Args:
+        config: the model.
+        mesh: where parameters and batches lie; None is the default device.
+        loss_options: as in `loss_fn`.
+        objective: whose sums are taken.
+    """
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         _, sums = objective(params, batch, config, options=loss_options)

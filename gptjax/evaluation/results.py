@@ -24,9 +24,11 @@ class Estimate(NamedTuple):
     """A figure, how far it may be off by the choice of items, and how many there were."""
 
     value: float
+    """The figure."""
     stderr: float
     """The standard error; NaN where there are too few items to tell."""
     count: int
+    """How many items it is from."""
 
 
 def mean(values: Sequence[float]) -> Estimate:

@@ -266,6 +266,16 @@ def run_suites(
 ) -> list[SuiteResult]:
     """As `run_suite` for several, name -> file; all files are read before the first is evaluated.
 
+    Args:
+        model: as in `run_suite`.
+        data: suite -> file.
+        options: as in `run_suite`.
+        out: as in `run_suite`.
+        progress: as in `run_suite`.
+
+    Returns:
+        A result for each, in the order of `data`.
+
     Raises:
         UserError: as `run_suite` does.
         OSError: as `run_suite` does.

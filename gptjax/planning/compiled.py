@@ -1,5 +1,6 @@
 """The real train step, compiled ahead of time, and what its program says."""
 
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -8,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import sharding
+from gptjax import sharding, xla_flags
 from gptjax.devices import program_bytes
 from gptjax.errors import UserError
 from gptjax.planning.estimate import Layout
-from gptjax.planning.programs import Collective, count_flops, read_collectives
+from gptjax.planning.programs import (
+    Collective,
+    count_flops,
+    count_operations,
+    largest_array,
+    read_collectives,
+    read_products,
+)
 from gptjax.planning.topology import CompilerMissingError, Topology, compile_mesh
 from gptjax.training import abstract_state, make_train_step
 
@@ -30,6 +38,15 @@ class CompiledStep:
         peak: bytes on a device; of a program that does not fit, what it would need.
         flops: of its matrix products on all devices, loops by their length.
         xla_flops: by XLA's cost analysis, on all devices, corrected for loops.
+        program_flops: of the compiled program's matrix products, on all devices, loops by their
+            length, with those of its kernels.
+        padding: the share of the matrix unit's work, kernels apart, that is on the empty part of
+            tiles, 0 to 1; see `programs.Products`.
+        added_padding: the share of it that the model's own dimensions do not ask for, but their
+            split over devices, and what is filled up.
+        logits_bytes: of the largest array with the vocabulary in it, or a device's share of it,
+            that is no table of vectors.
+        operations: how long the program's text is.
         collectives: what goes over the network.
     """
 
@@ -38,6 +55,11 @@ class CompiledStep:
     peak: int | None = None
     flops: float | None = None
     xla_flops: float | None = None
+    program_flops: float | None = None
+    padding: float | None = None
+    added_padding: float | None = None
+    logits_bytes: int | None = None
+    operations: int | None = None
     collectives: list[Collective] | None = None
 
 
@@ -65,7 +87,7 @@ def compile_step(
     traced = step.trace(state, {"tokens": ids, "targets": ids})
     flops = count_flops(traced.jaxpr)
     try:
-        executable = traced.lower().compile()
+        executable = traced.lower().compile(compiler_options=_options(target))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -73,7 +95,13 @@ def compile_step(
         seconds = time.monotonic() - start
         return CompiledStep("the compiler ran out of the chip's memory", seconds, needed, flops)
     seconds = time.monotonic() - start
-    collectives = read_collectives(executable.as_text(), layout.axes, target.linked)
+    text = executable.as_text()
+    collectives = read_collectives(text, layout.axes, target.linked)
+    products = read_products(text, target.tile)
+    program_flops = products.flops * target.devices + count_flops(traced.jaxpr, kernels=True)
+    own = count_flops(traced.jaxpr, tile=target.tile)
+    # Products that other libraries do are in no HLO operation of their own.
+    known = target.platform != "gpu" and products.flops > 0
     cost: Any = executable.cost_analysis() or {}
     xla_flops = cost.get("flops", 0.0) * target.devices
     once = count_flops(traced.jaxpr, loops_once=True)
@@ -82,8 +110,34 @@ def compile_step(
         peak=_peak_bytes(executable, target.platform),
         flops=flops,
         xla_flops=xla_flops * flops / once if xla_flops > 0 and once else None,
+        program_flops=program_flops if known else None,
+        padding=products.padding if known else None,
+        added_padding=max(0.0, 1 - own / (products.tiled * target.devices)) if known else None,
+        logits_bytes=_logits_bytes(text, layout),
+        operations=count_operations(text),
         collectives=collectives,
     )
+
+
+def _options(target: Topology) -> dict[str, str] | None:
+    """The compiler's options that a run on these chips has, by `xla_flags.set_flags`."""
+    if target.platform != "tpu":
+        return None
+    given = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    named = {word.partition("=")[0] for word in given}
+    flags = xla_flags.known_flags(xla_flags.TPU, xla_flags._library("libtpu", "libtpu"))
+    return {name.removeprefix("--"): flags[name] for name in flags if name not in named}
+
+
+def _logits_bytes(text: str, layout: Layout) -> int:
+    """Of the largest block of logits that a device holds at once."""
+    config = layout.config
+    parts = layout.parts("vocab_parts")
+    filled = [-(-config.vocab_size // rows) * rows for rows in (1, parts, 128, 128 * parts)]
+    vocab = {size // n for size in filled for n in (1, parts)}
+    # Tables of vectors have the model's width, or a device's share of it, beside the vocabulary.
+    splits = {1, layout.parts("table"), layout.parts("columns"), layout.parts("embed")}
+    return largest_array(text, vocab, {config.embed_dim // n for n in splits})
 
 
 def _peak_bytes(executable: Any, platform: str) -> int | None:

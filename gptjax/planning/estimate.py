@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gptjax import sharding
 from gptjax.config import ModelConfig
-from gptjax.loss import LOGITS_AT_ONCE
+from gptjax.loss import LOGITS_AT_ONCE, LOGITS_AT_ONCE_GPU, TPU_TILE
 from gptjax.params import flops_per_token
 from gptjax.planning.programs import Collective
 from gptjax.planning.topology import Topology, abstract_mesh
@@ -53,7 +53,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Seconds that a step takes at least, by what limits it. None is what is not known."""
+    """Seconds that a step takes at least, by what limits it. None is what is not known.
+
+    Attributes:
+        compute: by the matrix rate of the chips.
+        memory: by the bandwidth of their memory.
+        network: by what collectives send over the links.
+    """
 
     compute: float
     memory: float | None
@@ -129,6 +135,14 @@ def lay_out(
 ) -> Layout:
     """The layout of a train step on a topology.
 
+    Args:
+        config: the model.
+        topology: the chips.
+        axes: the size of each mesh axis.
+        batch: sequences a step.
+        optimizer: any optax transformation.
+        accumulate: microbatches that a batch is split into.
+
     Raises:
         UserError: if the batch or a dimension of the model does not divide over its mesh axes.
     """
@@ -153,10 +167,9 @@ def estimate_memory(layout: Layout) -> dict[str, int]:
     params = layout.state.params
     held = held_bytes(params)
     blocks = held_bytes(params["blocks"])
-    tokens = layout.tokens()
     kept, worked = _activation_bytes(layout)
     V, D = config.vocab_size / layout.parts("vocab_parts"), config.embed_dim
-    rows = min(tokens, LOGITS_AT_ONCE / config.vocab_size)
+    rows = _rows_at_once(layout)
 
     # A block's weights are gathered while the one before is at work; its gradient is whole until
     # it is scattered.
@@ -175,6 +188,17 @@ def estimate_memory(layout: Layout) -> dict[str, int]:
         "block": round(block) if block >= logits else 0,
         "logits": round(logits) if logits > block else 0,
     }
+
+
+def _rows_at_once(layout: Layout) -> float:
+    """Tokens of one device whose logits are there at once, as the loss cuts them."""
+    tokens, T = layout.tokens(), layout.config.context_length / layout.parts("sequence")
+    at_once = LOGITS_AT_ONCE_GPU if layout.platform == "gpu" else LOGITS_AT_ONCE
+    rows = min(tokens, at_once / layout.config.vocab_size)
+    length = rows / tokens * T
+    if layout.platform == "tpu" and length >= TPU_TILE / 4:
+        length = min(T, math.ceil(length / TPU_TILE) * TPU_TILE)
+    return tokens * length / T
 
 
 def _gathered_elements(layout: Layout) -> float:
@@ -200,7 +224,9 @@ def _activation_bytes(layout: Layout) -> tuple[float, float]:
     stream = layout.tokens("residual") * config.embed_dim
     products = 2 * stream + tokens * (heads + keys + hidden / 2)
     everything = 4 * stream + products + tokens * (heads + hidden + scores)
-    kept = {"none": everything, "dots": stream + products, "offload": 0.0}
+    # Where a kernel computes attention, its output is kept among the products.
+    output = 0.0 if layout.platform == "cpu" else tokens * heads
+    kept = {"none": everything, "dots": stream + products + output, "offload": 0.0}
     saved = layout.layers * kept.get(config.remat, stream) * c
     # The inputs of two products are gathered over tensor, and gradients double the rest; scores
     # have a float32 form and a gradient.

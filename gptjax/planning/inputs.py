@@ -68,6 +68,14 @@ def sequences(
     A number of tokens is rounded to a number of sequences that divides over the mesh; where the
     mesh is still to be chosen, over all devices, or up to a divisor of their number.
 
+    Args:
+        batch: sequences, as a flag gives them.
+        batch_tokens: tokens, as a flag gives them: 3.2M.
+        config: the model, whose context is the length of a sequence.
+        topology: the name of the chips.
+        mesh: axes and sizes, or "auto".
+        accumulate: microbatches that a batch is split into.
+
     Raises:
         UserError: if not exactly one is given, or it is no whole number of sequences.
     """

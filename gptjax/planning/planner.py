@@ -20,20 +20,18 @@ from gptjax.planning.estimate import (
     estimate_memory,
     estimate_traffic,
     hardware_flops,
-    lay_out,
     memory_seconds,
     network_seconds,
 )
 from gptjax.planning.programs import Collective, bytes_by_kind
 from gptjax.planning.topology import Topology, parse_topology, prepare_compiler
-from gptjax.sharding import mesh_axes
 
 if TYPE_CHECKING:
     import optax
 
 DAY = 86_400
 TRIES = 4
-"""Meshes that `mesh="auto"` compiles at most until one fits."""
+"""Steps that a plan compiles at most until one fits."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ class Plan:
         context: tokens a sequence.
         accumulate: microbatches.
         remat: what the backward pass recomputes.
+        remat_reason: why, where it was chosen here.
         params: parameters of the model.
         compiled: whether the step was compiled for these chips; otherwise all is by closed forms.
         note: why it was not compiled, or what the compiler refused; "" otherwise.
@@ -61,6 +60,13 @@ class Plan:
         hardware_flops_per_token: of the step as it is traced, recomputation included.
         xla_flops_per_token: by XLA's cost analysis, which counts the body of a loop once, corrected
             for that; None where there is none.
+        program_flops_per_token: of the compiled program's matrix products, its kernels' included;
+            None where they are not in its text.
+        stated_flops_per_token: `flops_per_token` and what the policy recomputes, by the formula.
+        padding: see `CompiledStep`; None as for `program_flops_per_token`.
+        added_padding: see `CompiledStep`; None as for `program_flops_per_token`.
+        logits_bytes: see `CompiledStep`, on a device.
+        operations: see `CompiledStep`.
         traffic: bytes that a chip sends in a step: kind of collective -> mesh axes -> bytes.
         collectives: the compiled program's, see `Collective`.
         bounds: seconds of a step at least.
@@ -78,6 +84,7 @@ class Plan:
     context: int
     accumulate: int
     remat: str
+    remat_reason: str
     params: int
     compiled: bool
     note: str
@@ -89,6 +96,12 @@ class Plan:
     flops_per_token: float
     hardware_flops_per_token: float
     xla_flops_per_token: float | None
+    program_flops_per_token: float | None
+    stated_flops_per_token: float
+    padding: float | None
+    added_padding: float | None
+    logits_bytes: int | None
+    operations: int | None
     traffic: dict[str, dict[str, float]]
     bounds: Bounds
     mfu: tuple[float, float]
@@ -96,6 +109,13 @@ class Plan:
     price: float | None
     peak_flops: float
     collectives: tuple[Collective, ...] = field(default=(), repr=False)
+
+    @property
+    def loop_gathers(self) -> tuple[int, int]:
+        """All-gathers of a megabyte and more inside loops: those overlapped, and all."""
+        found = [c for c in self.collectives if c.in_loop and c.kind == "all-gather"]
+        found = [c for c in found if c.bytes >= 2**20]
+        return sum(c.overlapped for c in found), len(found)
 
     @property
     def fits(self) -> bool | None:
@@ -132,6 +152,8 @@ class Plan:
         }
         return values | {
             "fits": self.fits,
+            "loop_gathers_overlapped": self.loop_gathers[0],
+            "loop_gathers": self.loop_gathers[1],
             "batch_tokens": self.batch * self.context,
             "compute_seconds_bound": self.bounds.compute,
             "memory_seconds_bound": self.bounds.memory,
@@ -174,7 +196,8 @@ def plan(
         tokens: the budget that days are told for.
         accumulate: microbatches.
         remat: what the backward pass recomputes; "auto" is `config.remat` where the model fits so
-            by the closed form, and "full" otherwise.
+            by the closed form, and otherwise the first of "dots", "full" and "offload" with which
+            it does (`choose_remat`); what the compiler finds not to fit is tried with the next.
         price: dollars a chip and hour.
         compile: False leaves it at the closed forms.
 
@@ -190,23 +213,24 @@ def plan(
     _check_numbers(batch=batch, accumulate=accumulate, tokens=tokens, price=price)
     config = _resolved(config, target)
     optimizer = meshes.default_optimizer(config) if optimizer is None else optimizer
-    candidates: list[meshes.Candidate] = []
-    policies = (config.remat,) if config.remat in ("full", "offload") else (config.remat, "full")
-    for policy in policies if remat == "auto" else (remat,):
-        wanted = config.replace(remat=policy)
-        if mesh == "auto":
-            candidates = meshes.rank_meshes(wanted, target, batch, optimizer, accumulate)
-        else:
-            axes = mesh_axes(mesh, target.devices)
-            layout = lay_out(wanted, target, axes, batch, optimizer, accumulate)
-            candidates = [meshes.rate(layout, target)]
-        if candidates[0].fits:
-            break
+    chosen = meshes.choices(
+        config,
+        target,
+        batch,
+        mesh,
+        optimizer,
+        accumulate,
+        only=None if remat == "auto" else remat,
+    )
     made: list[Plan] = []
-    for candidate in _near(candidates, target)[:TRIES]:
-        made.append(_plan(candidate.layout, target, optimizer, tokens, price, compile))
-        if not made[-1].compiled or made[-1].fits is not False:
-            return made[-1]
+    for choice in chosen:
+        reason = choice.reason if remat == "auto" else ""
+        for candidate in _near(choice.candidates, target)[:TRIES]:
+            made.append(_plan(candidate.layout, target, optimizer, tokens, price, compile, reason))
+            if not made[-1].compiled or made[-1].fits is not False:
+                return made[-1]
+        if len(made) >= TRIES:
+            break
     return min(made, key=lambda plan: plan.peak_bytes_per_chip)
 
 
@@ -286,6 +310,7 @@ def _plan(
     tokens: float | None,
     price: float | None,
     compile: bool,
+    remat_reason: str = "",
 ) -> Plan:
     config, chip = layout.config, target.chip
     estimate = {name: size * chip.devices for name, size in estimate_memory(layout).items()}
@@ -320,6 +345,7 @@ def _plan(
         context=config.context_length,
         accumulate=layout.accumulate,
         remat=config.remat,
+        remat_reason=remat_reason,
         params=count_params(config),
         compiled=compiled.peak is not None,
         note=compiled.note,
@@ -333,6 +359,14 @@ def _plan(
         xla_flops_per_token=(
             None if compiled.xla_flops is None else compiled.xla_flops / step_tokens
         ),
+        program_flops_per_token=(
+            None if compiled.program_flops is None else compiled.program_flops / step_tokens
+        ),
+        stated_flops_per_token=hardware_flops(layout) / step_tokens,
+        padding=compiled.padding,
+        added_padding=compiled.added_padding,
+        logits_bytes=compiled.logits_bytes,
+        operations=compiled.operations,
         traffic={
             kind: {axes: sent * chip.devices for axes, sent in by_axes.items()}
             for kind, by_axes in by_kind.items()

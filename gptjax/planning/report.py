@@ -16,7 +16,7 @@ def plan_table(plan: "Plan") -> str:
         ("chips", f"{plan.chips} ({plan.topology})"),
         ("mesh", mesh_name(plan.mesh)),
         ("batch", _batch(plan)),
-        ("remat", plan.remat),
+        ("remat", f"{plan.remat} ({plan.remat_reason})" if plan.remat_reason else plan.remat),
         ("parameters", quantity(plan.params)),
         ("", ""),
         ("memory a chip", _source(plan)),
@@ -35,6 +35,18 @@ def plan_table(plan: "Plan") -> str:
     ]
     if plan.xla_flops_per_token is not None:
         rows.append(("  by XLA", f"{plan.xla_flops_per_token:.3e} (corrected for loops)"))
+    if plan.program_flops_per_token is not None:
+        times = plan.program_flops_per_token / plan.stated_flops_per_token
+        stated = f"{times:.3f} of formula and recomputation"
+        rows.append(("  in the program", f"{plan.program_flops_per_token:.3e} ({stated})"))
+    if plan.padding is not None and plan.added_padding is not None:
+        split = f"{plan.padding:.1%}, of which by the mesh {plan.added_padding:.1%}"
+        rows.append(("  in empty parts of tiles", split))
+    if plan.logits_bytes:
+        rows.append(("largest logits at once", _gib(plan.logits_bytes)))
+    overlapped, gathers = plan.loop_gathers
+    if gathers:
+        rows.append(("gathers in loops", f"{overlapped} of {gathers} beside computation"))
     rows += [("", ""), ("sent a chip and step", "")]
     sent = [
         (f"  {kind} over {axes}", f"{number / _GIB:9.3f} GiB")

@@ -82,6 +82,11 @@ class Topology:
         """JAX devices, which a mesh is made of."""
         return self.chips * self.chip.devices
 
+    @property
+    def tile(self) -> int:
+        """The width of the matrix unit: of a TPU's, from Google's pages of each (see `CHIPS`)."""
+        return 256 if self.kind in ("v6e", "tpu7x") else 128
+
 
 def parse_topology(name: str) -> Topology:
     """Reads a topology's name.
