@@ -84,6 +84,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
         ) from None
     if not path.is_file():
         raise UserError(f"{path} does not exist; give nanoGPT's ckpt.pt")
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 6):
+        raise UserError(
+            f"PyTorch {torch.__version__} may run code that a file of tensors holds "
+            "(CVE-2025-32434); install 2.6 or newer"
+        )
     try:
         # Mapped, so that the optimizer's state is never read.
         values = torch.load(

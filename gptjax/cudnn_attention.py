@@ -118,10 +118,11 @@ def _attend(
 
     # Of what is in it only the kernel's own results are kept for the backward pass: a scan over the
     # layers would else stack every layer's mask.
-    return jax.checkpoint(masked, policy=_is_kernel, prevent_cse=False)()
+    return jax.checkpoint(masked, policy=is_kernel, prevent_cse=False)()
 
 
-def _is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+def is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A rematerialization policy that keeps the kernel's results."""
     # Were the kernel to have another name, it would run once more: slower, as right.
     return "attention" in str(primitive)
 

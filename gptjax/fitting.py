@@ -770,7 +770,10 @@ def _comparable(part: Any) -> Any:
     """Without the fields that say only how things are computed."""
     if not isinstance(part, dict):
         return {}
-    return {name: value for name, value in part.items() if name not in EXECUTION_FIELDS}
+    part = {name: value for name, value in part.items() if name not in EXECUTION_FIELDS}
+    if isinstance(part.get("loss"), dict):
+        part["loss"] = part["loss"] | {"logits_at_once": None}
+    return part
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

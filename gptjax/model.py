@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.activations import activate
 from gptjax.attention import attention, row_bernoulli
 from gptjax.config import ModelConfig
+from gptjax.cudnn_attention import is_kernel
 from gptjax.devices import compute_dtype, materialized, platform
 from gptjax.errors import UserError
 from gptjax.experts import Routing, mixture
@@ -896,15 +897,17 @@ def scan_unroll(config: ModelConfig) -> int:
 def rematerialized(body: Any, config: ModelConfig) -> Any:
     """The scan body under the configured rematerialization policy.
 
-    Raises:
-        UserError: if the policy is "auto", which is chosen before, where the batch is known.
+    A policy that has not been chosen yet ("auto") keeps everything: a forward pass alone keeps
+    nothing anyhow, and `make_train_step` refuses it.
     """
     match config.remat:
-        case "none":
+        case "none" | "auto":
             return body
         case "dots":
             # And the attention kernel's output, so that the backward pass repeats no product.
-            policy = jax.checkpoint_policies.save_only_these_names("product", KEPT)
+            policies = jax.checkpoint_policies
+            named = policies.save_only_these_names("product", KEPT)
+            policy = policies.save_from_both_policies(named, is_kernel)
             return jax.checkpoint(body, policy=policy, prevent_cse=scan_unroll(config) > 1)
         case "full":
             return jax.checkpoint(body, prevent_cse=scan_unroll(config) > 1)
@@ -916,9 +919,3 @@ def rematerialized(body: Any, config: ModelConfig) -> Any:
                 offload_dst="pinned_host",
             )
             return jax.checkpoint(body, policy=policy, prevent_cse=scan_unroll(config) > 1)
-        case "auto":
-            raise UserError(
-                "remat is 'auto', which `fit` chooses by batch, mesh and optimizer; here give one "
-                "of none, dots, full and offload, or config.replace(remat=gptjax.planning."
-                "choose_remat(config, batch=..., mesh=...))"
-            )

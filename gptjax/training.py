@@ -197,9 +197,15 @@ def make_train_step(
         `loss_fn`.
 
     Raises:
-        UserError: if the parameters do not divide over the mesh; and at the first call, if the
-            batch does not divide over it or into microbatches.
+        UserError: if the model's remat is "auto", or the parameters do not divide over the mesh;
+            and at the first call, if the batch does not divide over it or into microbatches.
     """
+    if config.remat == "auto":
+        raise UserError(
+            "remat is 'auto', which `fit` chooses by batch, mesh and optimizer; here give one of "
+            "none, dots, full and offload, or config.replace(remat=gptjax.planning.choose_remat("
+            "config, batch=..., mesh=...))"
+        )
 
     def gradients(state: TrainState, batch: Batch, key: jax.Array | None) -> tuple[Params, Metrics]:
         # Sums over a constant, and the count of tokens only at the end: devices then need not agree

@@ -80,7 +80,9 @@ def set_flags(*platforms: Literal["gpu", "tpu"]) -> None:
 
 
 def _extend(variable: str, flags: Mapping[str, str]) -> None:
-    given = os.environ.get(variable, "")
+    given = os.environ.get(variable, "").strip()
+    if given and not given.startswith("-"):
+        return  # XLA reads the flags from a file of this name.
     named = {word.partition("=")[0] for word in given.split()}
     added = [f"{name}={value}" for name, value in flags.items() if name not in named]
     if added:

@@ -204,7 +204,7 @@ def test_the_mask_given_to_cudnn_is_that_of_plain_attention(
 
 def test_of_the_kernel_only_its_results_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the mask nor anything of its size is there between the passes."""
-    monkeypatch.setattr(cudnn, "_is_kernel", lambda *_, **__: False)
+    monkeypatch.setattr(cudnn, "is_kernel", lambda *_, **__: False)
     ours = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn,

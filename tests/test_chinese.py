@@ -143,5 +143,7 @@ def test_what_it_names_is_there() -> None:
 def test_figures_are_those_of_the_readme_or_of_the_example() -> None:
     """A figure with a decimal point stands in the English one too, or beside its command."""
     example = CHINESE[CHINESE.index("experiments/chinese.py") :].partition("\n## ")[0]
-    for figure in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\.)", CHINESE.replace(example, "")):
+    for figure in re.findall(
+        r"(?<![\w.])\d+\.\d+(?![\w.]*\.)", CHINESE.replace(example, "").replace("Qwen2.5-0.5B", "")
+    ):
         assert figure in ENGLISH or figure in ("3.11",), figure

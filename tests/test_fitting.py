@@ -421,6 +421,8 @@ def test_execution_fields_may_change_and_more_steps_continue(copied: Path):
     # Begun before these settings were there.
     stored = json.loads((copied / "config.json").read_text())
     del stored["model"]["num_experts"], stored["run"]["loss"]["balance_loss"]
+    # And with the number that was this one's default once.
+    stored["run"]["loss"]["logits_at_once"] = 2**26
     (copied / "config.json").write_text(json.dumps(stored))
     result = fit(config, OPTIMIZER, loader(), out=copied, progress=False, **arguments(STEPS + 3))
     assert int(result.state.step) == STEPS + 3

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gptjax import sharding
 from gptjax.config import ModelConfig
-from gptjax.loss import LOGITS_AT_ONCE, LOGITS_AT_ONCE_GPU, TPU_TILE
+from gptjax.loss import LOGITS_AT_ONCE, LOGITS_AT_ONCE_GPU, TPU_TILE, whole_tiles
 from gptjax.params import flops_per_token
 from gptjax.planning.programs import Collective
 from gptjax.planning.topology import Topology, abstract_mesh
@@ -197,7 +197,7 @@ def _rows_at_once(layout: Layout) -> float:
     rows = min(tokens, at_once / layout.config.vocab_size)
     length = rows / tokens * T
     if layout.platform == "tpu" and length >= TPU_TILE / 4:
-        length = min(T, math.ceil(length / TPU_TILE) * TPU_TILE)
+        length = whole_tiles(T, length, TPU_TILE)
     return tokens * length / T
 
 
@@ -216,16 +216,17 @@ def _activation_bytes(layout: Layout) -> tuple[float, float]:
         # Each device of an expert group holds the rows of all, for it may be chosen for all.
         routed = config.experts_per_token * layout.axes["expert"]
         hidden *= routed + config.shared_experts
-    # Probabilities, where attention is not computed block by block.
+    # Probabilities, where no kernel computes attention block by block.
     scores = 0.0
-    if layout.platform == "cpu":
+    plain = layout.platform == "cpu" or config.dropout > 0 or (layout.platform == "gpu" and c == 4)
+    if plain:
         scores = config.num_heads / layout.parts("heads") * config.context_length
     tokens = layout.tokens()
     stream = layout.tokens("residual") * config.embed_dim
     products = 2 * stream + tokens * (heads + keys + hidden / 2)
     everything = 4 * stream + products + tokens * (heads + hidden + scores)
     # Where a kernel computes attention, its output is kept among the products.
-    output = 0.0 if layout.platform == "cpu" else tokens * heads
+    output = 0.0 if plain else tokens * heads
     kept = {"none": everything, "dots": stream + products + output, "offload": 0.0}
     saved = layout.layers * kept.get(config.remat, stream) * c
     # The inputs of two products are gathered over tensor, and gradients double the rest; scores

@@ -225,7 +225,7 @@ def plan(
     made: list[Plan] = []
     for choice in chosen:
         reason = choice.reason if remat == "auto" else ""
-        for candidate in _near(choice.candidates, target)[:TRIES]:
+        for candidate in _near(choice.candidates, target)[: TRIES - len(made)]:
             made.append(_plan(candidate.layout, target, optimizer, tokens, price, compile, reason))
             if not made[-1].compiled or made[-1].fits is not False:
                 return made[-1]
