@@ -20,10 +20,8 @@ from gptjax.model import (
     embed,
     layer_traits,
     normalize,
-    project_qkv,
-    rms_norm,
+    queries_keys_values,
     rope_rotation,
-    rotate,
     self_attention,
     unembed,
 )
@@ -152,15 +150,7 @@ def _attention_parts(
     """Queries, keys, values, probabilities, and what attention adds to the residual stream."""
     params = weights["attention"]
     h_BTD = normalize(x_BTD, weights["attention_norm"], config)
-    q_BTHC, k_BTKC, v_BTKC = project_qkv(params, h_BTD, config)
-    if config.qk_norm:
-        q_BTHC = rms_norm(q_BTHC, params.get("query_norm", {}).get("scale"), config.norm_eps)
-        k_BTKC = rms_norm(k_BTKC, params.get("key_norm", {}).get("scale"), config.norm_eps)
-    if context.rotation is not None:
-        q_BTHC = rotate(q_BTHC, *context.rotation)
-        k_BTKC = rotate(k_BTKC, *context.rotation)
-    if layer.query_scale is not None:
-        q_BTHC = q_BTHC * jnp.asarray(layer.query_scale, q_BTHC.dtype)
+    q_BTHC, k_BTKC, v_BTKC = queries_keys_values(params, h_BTD, context, config, layer)
     probs_BHTS = attention_map(q_BTHC, k_BTKC, layer.window, context.segments_BT)
     added_BTD, _ = self_attention(params, h_BTD, context, config, layer, None, None)
     return q_BTHC, k_BTKC, v_BTKC, probs_BHTS, added_BTD

@@ -374,18 +374,7 @@ def self_attention(
         `[B, T, D]`, and the extended cache.
     """
     with jax.named_scope("qkv"):
-        q_BTHC, k_BTKC, v_BTKC = project_qkv(params, x_BTD, config)
-        if config.qk_norm:
-            q_BTHC = rms_norm(q_BTHC, params.get("query_norm", {}).get("scale"), config.norm_eps)
-            k_BTKC = rms_norm(k_BTKC, params.get("key_norm", {}).get("scale"), config.norm_eps)
-        if context.rotation is not None:
-            q_BTHC = rotate(q_BTHC, *context.rotation)
-            k_BTKC = rotate(k_BTKC, *context.rotation)
-        if layer.query_scale is not None:
-            q_BTHC = q_BTHC * jnp.asarray(layer.query_scale, q_BTHC.dtype)
-        q_BTHC = constrain(q_BTHC, "batch", "sequence", "heads", "head")
-        k_BTKC = constrain(k_BTKC, "batch", "sequence", "kv_heads", "head")
-        v_BTKC = constrain(v_BTKC, "batch", "sequence", "kv_heads", "head")
+        q_BTHC, k_BTKC, v_BTKC = queries_keys_values(params, x_BTD, context, config, layer)
 
     k_BSKC, v_BSKC = k_BTKC, v_BTKC
     if cache is not None:
@@ -407,6 +396,36 @@ def self_attention(
         )
     with jax.named_scope("out"):
         return linear(out_BTHC, params["out"], params.get("out_bias"), inputs=2), cache
+
+
+def queries_keys_values(
+    params: Params, x_BTD: jax.Array, context: Context, config: ModelConfig, layer: Layer
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What attention is given: `project_qkv`, normalized, rotated and scaled as the model says.
+
+    Args:
+        params: of the attention.
+        x_BTD: its normalized input, `[B, T, D]`.
+        context: what all blocks share.
+        config: the model.
+        layer: what sets this block apart.
+
+    Returns:
+        Queries `[B, T, H, C]`, keys and values `[B, T, K, C]`.
+    """
+    q_BTHC, k_BTKC, v_BTKC = project_qkv(params, x_BTD, config)
+    if config.qk_norm:
+        q_BTHC = rms_norm(q_BTHC, params.get("query_norm", {}).get("scale"), config.norm_eps)
+        k_BTKC = rms_norm(k_BTKC, params.get("key_norm", {}).get("scale"), config.norm_eps)
+    if context.rotation is not None:
+        q_BTHC = rotate(q_BTHC, *context.rotation)
+        k_BTKC = rotate(k_BTKC, *context.rotation)
+    if layer.query_scale is not None:
+        q_BTHC = q_BTHC * jnp.asarray(layer.query_scale, q_BTHC.dtype)
+    q_BTHC = constrain(q_BTHC, "batch", "sequence", "heads", "head")
+    k_BTKC = constrain(k_BTKC, "batch", "sequence", "kv_heads", "head")
+    v_BTKC = constrain(v_BTKC, "batch", "sequence", "kv_heads", "head")
+    return q_BTHC, k_BTKC, v_BTKC
 
 
 def project_qkv(

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ import sys, time
 
 for step, loss in ((0, 4.2), (2, 3.9), (4, 1.4)):
     print(f"step {step}: train loss 1.0, val loss {loss:.4f}", flush=True)
+    # The first has an evaluation in it.
+    for number, ms in enumerate((900, 30, 40)):
+        print(f"iter {step + number}: loss 2.0, time {ms}.00ms, mfu 1.00%", flush=True)
     time.sleep(0.2)
 time.sleep(60)
 """
@@ -187,11 +191,113 @@ def test_the_first_way_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch, model
     ways = {"accumulate": (2, 4, 8), "remat": ("none", "dots"), "first_that_fits": True}
     settings = training.Settings(model=str(model), batch_size=8, **ways)
     report, fitted = training.measure(settings)
-    assert asked == [(2, "none"), (2, "dots"), (4, "none"), (4, "dots")]
+    # Rows are given up before anything is computed again.
+    assert asked == [(2, "none"), (4, "none"), (8, "none"), (2, "dots"), (4, "dots")]
     assert [(r.accumulate, r.model.remat) for r in fitted.values()] == [(4, "dots")]
     assert next(iter(report.rows.values()))["tokens_per_second"] == "does not fit"
     with pytest.raises(gptjax.UserError, match="does not fit in memory"):
         training.measure(training.Settings(model=str(model), batch_size=8))
+
+
+def test_a_peer_that_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, model: Path, clone: Path, tmp_path: Path
+):
+    training = load("training")
+    closed, tried = [], []
+
+    class Worker:
+        """nanoGPT runs out of memory, then breaks in its second turn; transformers never starts."""
+
+        def __init__(self, build: Any, recipe: Any, *_: Any, environment: Any = None):
+            self.build, self.recipe, self.calls = build.__name__, recipe, 0
+
+        def __enter__(self) -> "Worker":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def close(self) -> None:
+            closed.append(self.build)
+
+        def wait(self) -> None:
+            tried.append((self.build, self.recipe.accumulate))
+            if self.build == "nanogpt_run" and self.recipe.accumulate < breaks_at:
+                raise training.DoesNotFitError("OutOfMemoryError")
+            if self.build == "transformers_run":
+                raise training.MeasurementError("BackendCompilerFailed: backend='inductor'")
+
+        def __call__(self, steps: int) -> dict[str, Any]:
+            self.calls += 1
+            if self.build == "nanogpt_run" and self.calls == 2 and breaks:
+                raise training.MeasurementError("it ended with status -11")
+            facts = {"device": "one", "kind": "none", "devices": 1, "peak_flops": 1e9}
+            times = {"milliseconds": [2.0] * steps, "compile_seconds": 1.0, "peak_bytes": 1}
+            return facts | times
+
+    monkeypatch.setattr(training, "Worker", Worker)
+    given = {"batch_size": 8, "accumulate": (2, 4, 8), "first_that_fits": True, "turns": 2}
+    peers = {"nanogpt": clone, "transformers": True}
+    settings = training.Settings(model=str(model), **given, **peers)
+    breaks_at, breaks = 4, False
+    report, fitted = training.measure(settings)
+    # Each tries the same rows, and has those that fit.
+    assert tried == [
+        ("gptjax_run", 2),
+        ("nanogpt_run", 2),
+        ("nanogpt_run", 4),
+        ("transformers_run", 2),
+    ]
+    assert closed == ["nanogpt_run", "transformers_run"]
+    [ours] = fitted
+    assert report.rows[ours]["ratio_nanoGPT"] == [1.0, 1.0]
+    assert "ratio_transformers" not in report.rows[ours]
+    assert report.extra["failed"] == {
+        "transformers": "BackendCompilerFailed: backend='inductor'",
+    }
+    assert any("rows at once 4 / 2" in note for note in report.notes)
+    breaks = True
+    report, fitted = training.measure(settings)
+    [ours] = fitted
+    assert len(report.rows[ours]["milliseconds"]) == 2
+    assert "ratio_nanoGPT" not in report.rows[ours]
+    assert report.extra["failed"]["nanoGPT"] == "it ended with status -11"
+    breaks_at, breaks = 99, False
+    report, _ = training.measure(settings)
+    assert report.extra["failed"]["nanoGPT"] == "OutOfMemoryError"
+    report.show(training.COLUMNS)
+    report.save(tmp_path / "a.json", tmp_path / "a.png", "tokens_per_second")
+    assert json.loads((tmp_path / "a.json").read_text())["failed"] == report.extra["failed"]
+
+
+def test_a_process_that_dies_is_not_short_of_memory(
+    monkeypatch: pytest.MonkeyPatch, model: Path, capsys: pytest.CaptureFixture[str]
+):
+    measuring, training = load("measuring"), load("training")
+    with measuring.Worker(answer, "a") as worker:
+        worker.wait()
+        with pytest.raises(measuring.MeasurementError, match="status 3") as failed:
+            worker(98)
+        assert not isinstance(failed.value, measuring.DoesNotFitError)
+        # Nor is it later, when nothing takes what is sent.
+        with pytest.raises(measuring.MeasurementError, match="status 3"):
+            worker(1)
+    asked = []
+
+    def build(_: Any, recipe: Any, **__: Any) -> Any:
+        asked.append(recipe.accumulate)
+        raise measuring.MeasurementError("it ended with status -11, backend")
+
+    monkeypatch.setattr(training, "Worker", build)
+    settings = training.Settings(
+        model=str(model), batch_size=8, accumulate=(2, 4), first_that_fits=True
+    )
+    with pytest.raises(SystemExit) as end:
+        measuring.run_benchmark(lambda: training.measure(settings))
+    assert (end.value.code, asked) == (1, [2])
+    error = capsys.readouterr().err
+    assert "status -11" in error
+    assert "doctor" not in error
 
 
 def answer(value: Any) -> Any:
@@ -203,6 +309,8 @@ def answer(value: Any) -> Any:
     def function(more: int) -> tuple[Any, int, int]:
         if more < 0:
             raise ValueError("below zero")
+        if more == 98:
+            os._exit(3)
         if more == 99:
             os.kill(os.getpid(), 9)
         calls.append(more)
@@ -235,6 +343,8 @@ def test_mistakes_are_one_line(tmp_path: Path, model: Path, text: Path, command:
         ("training", ["--turns", 0], ("turns is 0",)),
         ("training", ["--nanogpt", tmp_path], ("no model.py",)),
         ("training", ["--model", "gpt-2"], ("'gpt-2'", "'gpt2'")),
+        ("training", ["--peer-accumulate", 0], ("(0) is 0",)),
+        ("training", ["--peer-accumulate", 5], ("batch_size 12", "5 microbatches")),
         ("training", ["--accumulate", 5], ("batch_size 12", "5 microbatches")),
         ("roofline", ["--chip", "h10"], ("'h10'", "'h100'")),
         ("roofline", ["--chip", "l4"], ("memory rate",)),
@@ -311,7 +421,7 @@ def test_cost_over_depth_and_batch(tmp_path: Path):
     assert "Over batch" in printed
 
 
-def test_one_command_goes_on_where_it_was(tmp_path: Path):
+def test_one_command_goes_on_where_it_was(tmp_path: Path, command: Command):
     gpu = load("gpu")
     out = tmp_path / "out"
 
@@ -331,7 +441,7 @@ def test_one_command_goes_on_where_it_was(tmp_path: Path):
     before = (out / "matrix-rate.json").read_bytes()
     assert "matrix-rate: done before" in start("matrix-rate", "gpt2-medium")
     assert (out / "matrix-rate.json").read_bytes() == before
-    states = json.loads((out / "parts.json").read_text())
+    states = json.loads((out / "parts.json").read_text())["parts"]
     assert "--data" in states["shakespeare"]["state"]
     report = json.loads((out / "report.json").read_text())
     rate = report["results"]["matrix-rate"]["matrix_rate"]
@@ -349,6 +459,58 @@ def test_one_command_goes_on_where_it_was(tmp_path: Path):
     names = [part.name for part in gpu.parts(gpu.Settings(out=out))]
     assert len(set(names)) == len(names)
     assert {goal.part for goal in gpu.GOALS} <= set(names)
+    with tarfile.open(out / "results.tar.gz") as archive:
+        packed = set(archive.getnames())
+    ran = {f"{n}.{end}" for n in ("matrix-rate", "gpt2-medium") for end in ("json", "png", "log")}
+    assert packed == {"report.md", "report.json"} | ran
+    # What was measured with other settings is not mixed with these.
+    status, _, error = command("benchmarks/gpu", "--out", out, "--only", "matrix-rate")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "was begun with" in error
+    # A part that fails now has no result from before.
+    settings = gpu.Settings(out=out, small=True)
+    failing = gpu.Part("matrix-rate", "matrix_rate.py", ("--width", "none"), 60)
+    assert gpu.run_part(failing, settings, 60).startswith("failed")
+    assert gpu.read(settings, "matrix-rate") == {}
+
+
+def test_the_parts_that_matter_most_have_time(tmp_path: Path):
+    gpu = load("gpu")
+    settings = gpu.Settings(out=tmp_path)
+    first = gpu.chosen(settings)[:4]
+    assert [part.name for part in first] == ["backends", "matrix-rate", "gpt2", "gpt2-xl"]
+    assert sum(part.limit for part in first) <= settings.seconds <= 540
+
+
+def test_only_kernels_count_as_agreeing():
+    agreeing = load("gpu").agreeing
+    plain = {"backend": "plain", "ok": True}
+    good, bad, unknown = ({"backend": "cudnn", "ok": ok} for ok in (True, False, None))
+    assert agreeing({}) is None
+    assert agreeing([plain, plain]) == 0
+    assert agreeing([plain, unknown]) == 0
+    assert agreeing([plain, good, unknown]) == 1
+    assert agreeing([plain, good, bad]) == 0.5
+
+
+def test_a_case_of_attention_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch):
+    backends = load("attention_backends")
+    exact, calls = backends._check_exactly, []
+
+    def check(case: Any, rng: Any) -> Any:
+        calls.append(case)
+        if len(calls) == 1:
+            raise ValueError("no engine " * 100)
+        return exact(case, rng)
+
+    monkeypatch.setattr(backends, "SMALL", backends.SMALL[2:])
+    monkeypatch.setattr(backends, "_check_exactly", check)
+    failed, *others = backends.check_backends(turns=1)
+    assert failed["ok"] is False
+    assert failed["reason"].startswith("ValueError: no engine")
+    assert len(failed["reason"]) == 300
+    assert [row["ok"] for row in others] == [True] * 2
+    assert len(backends.table([failed, *others]).splitlines()) == 4
 
 
 def test_a_part_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -373,7 +535,9 @@ def test_a_run_is_timed_to_its_loss(tmp_path: Path, clone: Path, text: Path):
     row = values["rows"]["nanoGPT"]
     assert row["best"] == 1.4
     assert 0.3 < row["seconds"] < 50
-    assert [loss for _, loss in row["curve"]] == [4.2, 3.9, 1.4]
+    assert [loss for _, loss, _ in row["curve"]] == [4.2, 3.9, 1.4]
+    assert row["steps"] == 4
+    assert row["train_seconds"] == pytest.approx(4 * 0.04)
 
 
 @pytest.mark.slow
@@ -390,7 +554,7 @@ def test_all_that_a_gpu_is_measured_by_runs_small(tmp_path: Path, clone: Path, t
         timeout=3000,
     )
     assert done.returncode == 0, done.stderr
-    states = json.loads((out / "parts.json").read_text())
+    states = json.loads((out / "parts.json").read_text())["parts"]
     failed = {name: state for name, state in states.items() if state["state"] != "done"}
     assert not failed, failed
     report = json.loads((out / "report.json").read_text())

@@ -9,6 +9,7 @@ to float64. A row is a case: how far it is off, and the milliseconds of forward 
 The exit status is 1 where a difference is too large.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -66,10 +67,20 @@ CASES = (
     Case(2, 1026, 8, 2, 96, documents=7, window=100),
     Case(2, 1024, 4, 4, 256),
     Case(1, 8192, 12, 12, 64),
+    # Short texts, as evaluation sends them.
+    Case(3, 34, 4, 2, 64),
+    Case(3, 34, 4, 2, 64, documents=3),
+    Case(3, 2, 4, 2, 64),
 )
 """What is checked on an accelerator."""
 
-SMALL = (Case(2, 64, 4, 2, 16), Case(2, 66, 3, 1, 8, documents=4), Case(1, 96, 2, 2, 8, window=20))
+SMALL = (
+    Case(2, 64, 4, 2, 16),
+    Case(2, 66, 3, 1, 8, documents=4),
+    Case(1, 96, 2, 2, 8, window=20),
+    Case(3, 34, 4, 2, 64),
+    Case(3, 2, 4, 2, 64),
+)
 """What is checked on a CPU."""
 
 
@@ -110,14 +121,20 @@ def check_backends(*, turns: int = 10, seed: int = 0) -> list[dict[str, Any]]:
         ("plain" or "float64"), `error` and `gradient_error` (the norm of the difference as a share
         of the norm, of the worst gradient), `ok`, and the medians `milliseconds` and
         `plain_milliseconds` of forward and backward. Where plain attention does not fit, what is
-        compared with it is None, and `ok` too.
+        compared with it is None, and `ok` too. Where a case fails, `ok` is False and `reason` the
+        error.
     """
     rng = np.random.default_rng(seed)
     on_cpu = jax.default_backend() == "cpu"
-    return [
-        _check_exactly(case, rng) if on_cpu else _check(case, turns, rng)
-        for case in (SMALL if on_cpu else CASES)
-    ]
+    results = []
+    for case in SMALL if on_cpu else CASES:
+        try:
+            result = _check_exactly(case, rng) if on_cpu else _check(case, turns, rng)
+        except Exception as error:  # A kernel may raise anything; the other cases are still told.
+            result = _failed(case, error, jnp.float32 if on_cpu else jnp.bfloat16)
+            result["against"] = "float64" if on_cpu else "plain"
+        results.append(result)
+    return results
 
 
 def _inputs(case: Case, dtype: Any, rng: np.random.Generator) -> tuple[list[jax.Array], Any]:
@@ -234,6 +251,17 @@ def _row(case: Case, backend: Backend, against: str) -> dict[str, Any]:
     }
 
 
+def _failed(case: Case, error: Exception, dtype: Any) -> dict[str, Any]:
+    """The result of a case that raised."""
+    backend = None
+    with contextlib.suppress(Exception):
+        backend = _backend(case, dtype)
+    result = _row(case, backend or Backend("plain", ""), "")
+    if backend is None:
+        result["backend"] = "unknown"
+    return result | {"ok": False, "reason": f"{type(error).__name__}: {error}"[:300]}
+
+
 def _difference(got: Any, expected: Any) -> float:
     got, expected = (np.asarray(jnp.asarray(x, jnp.float32), np.float64) for x in (got, expected))
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
@@ -282,13 +310,18 @@ def main() -> None:
     configure_jax()
     results = check_backends(turns=settings.turns, seed=settings.seed)
     print(table(results))
-    for reason in dict.fromkeys(row["reason"] for row in results if row["backend"] == "plain"):
+    raised = [row for row in results if row["ok"] is False and row["error"] is None]
+    plain = [row for row in results if row["backend"] == "plain" and row not in raised]
+    for reason in dict.fromkeys(row["reason"] for row in plain):
         print(f"plain: {reason}")
+    for row in raised:
+        print(f"failed: {row['case']}: {row['reason']}")
     if settings.json is not None:
         settings.json.write_text(json.dumps(results, indent=1) + "\n")
-    failed = [row["case"] for row in results if row["ok"] is False]
-    if failed:
-        print(f"too far from {results[0]['against']}: {failed}", file=sys.stderr)
+    far = [row["case"] for row in results if row["ok"] is False and row not in raised]
+    if far:
+        print(f"too far from {results[0]['against']}: {far}", file=sys.stderr)
+    if far or raised:
         sys.exit(1)
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Column, Report, Worker, in_turns, peak_memory
+from measuring import Column, Report, Worker, in_turns, peak_memory, run_benchmark
 
-from gptjax.command_line import configure_jax, parse_flags, run_command
+from gptjax.command_line import configure_jax, parse_flags
 from gptjax.config import ComputeDtype
 from gptjax.errors import UserError
 from gptjax.planning.inputs import read_model
@@ -218,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

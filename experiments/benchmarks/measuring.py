@@ -8,14 +8,17 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from gptjax.command_line import run_command
 
 MEASUREMENT_SECONDS = 900
 """How long a process may take over one answer."""
@@ -23,7 +26,20 @@ MEASUREMENT_SECONDS = 900
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "OutOfMemory")
 
 
-class DoesNotFitError(RuntimeError):
+class MeasurementError(RuntimeError):
+    """A measurement's process failed.
+
+    Args:
+        reason: in short.
+        details: what is known beside it, such as the traceback.
+    """
+
+    def __init__(self, reason: str, details: str = ""):
+        super().__init__(f"in a measurement's process: {reason}{details and chr(10) + details}")
+        self.reason = reason
+
+
+class DoesNotFitError(MeasurementError):
     """A measurement for which the device has not enough memory."""
 
 
@@ -65,13 +81,16 @@ class Worker:
 
         Raises:
             DoesNotFitError: if there is too little memory for it.
-            RuntimeError: if it failed otherwise, or took too long.
+            MeasurementError: if it failed otherwise, or took too long.
         """
         self._answer()
 
     def __call__(self, *args: Any) -> Any:
         """Calls the function. Raises as `wait` does."""
-        self._pipe.send(args)
+        try:
+            self._pipe.send(args)
+        except OSError:
+            raise self._death() from None
         return self._answer()
 
     def close(self) -> None:
@@ -85,18 +104,26 @@ class Worker:
 
     def _answer(self) -> Any:
         if not self._pipe.poll(MEASUREMENT_SECONDS):
-            raise RuntimeError(f"a measurement took more than {MEASUREMENT_SECONDS} s")
+            raise MeasurementError(f"it took more than {MEASUREMENT_SECONDS} s")
         try:
             good, answer = self._pipe.recv()
-        except EOFError:
-            self._process.join(10)
-            # Linux ends a process that takes too much of the host's memory.
-            raise DoesNotFitError(f"ended with status {self._process.exitcode}") from None
+        except (EOFError, OSError):
+            raise self._death() from None
         if good:
             return answer
-        if any(sign in answer for sign in _OUT_OF_MEMORY):
-            raise DoesNotFitError(answer.strip().splitlines()[-1])
-        raise RuntimeError(f"in a measurement's process:\n{answer}")
+        reason, details = answer
+        if any(sign in details for sign in _OUT_OF_MEMORY):
+            raise DoesNotFitError(reason)
+        raise MeasurementError(reason, details)
+
+    def _death(self) -> MeasurementError:
+        """Why the process is no longer there."""
+        self._process.join(10)
+        status = self._process.exitcode
+        text = f"it ended with status {status}"
+        # So Linux ends a process that takes too much of the host's memory; whatever else ends one
+        # says nothing about memory.
+        return DoesNotFitError(text) if status == -signal.SIGKILL else MeasurementError(text)
 
 
 def _serve(pipe: Any, build: Callable[..., Callable[..., Any]], args: tuple[Any, ...]) -> None:
@@ -107,21 +134,63 @@ def _serve(pipe: Any, build: Callable[..., Callable[..., Any]], args: tuple[Any,
             pipe.send((True, function(*pipe.recv())))
     except EOFError:
         return
-    except Exception:
-        pipe.send((False, traceback.format_exc()))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip()[:300]
+        pipe.send((False, (reason, traceback.format_exc())))
 
 
-def in_turns(workers: Mapping[str, Worker], turns: int, *args: Any) -> dict[str, list[Any]]:
+def in_turns(
+    workers: Mapping[str, Worker],
+    turns: int,
+    *args: Any,
+    may_fail: Collection[str] = (),
+    failures: dict[str, str] | None = None,
+) -> dict[str, list[Any]]:
     """Measures one after the other, so many times: what each gave, by turn.
 
     Other load on a machine comes and goes, so that only figures of one turn compare.
+
+    Args:
+        workers: by name.
+        turns: how often each is measured.
+        args: what each is called with.
+        may_fail: the names of those that the others go on without. Nothing of them is returned.
+        failures: takes the reasons, by name.
+
+    Raises:
+        MeasurementError: if another one fails.
     """
     found: dict[str, list[Any]] = {name: [] for name in workers}
     for turn in range(turns):
         say(f"turn {turn + 1} of {turns}")
-        for name, worker in workers.items():
-            found[name].append(worker(*args))
+        for name in list(found):
+            try:
+                found[name].append(workers[name](*args))
+            except MeasurementError as error:
+                if name not in may_fail:
+                    raise
+                say(f"{name}: {error}")
+                workers[name].close()
+                del found[name]
+                if failures is not None:
+                    failures[name] = error.reason
     return found
+
+
+def run_benchmark(main: Callable[[], object]) -> NoReturn:
+    """Runs a script as `run_command` does; where a measurement failed, it ends with status 1.
+
+    What a measurement's process says is not for `run_command` to explain: it may be of PyTorch.
+    """
+
+    def guarded() -> None:
+        try:
+            main()
+        except MeasurementError as error:
+            say(str(error))
+            sys.exit(1)
+
+    run_command(guarded)
 
 
 def in_own_process(function: Callable[..., Any], *args: object) -> Any:
@@ -161,7 +230,9 @@ def machine() -> dict[str, Any]:
         # Asked of the driver: JAX would take the memory that the measured processes need.
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
-        facts["gpu"] = "; ".join(gpu.strip() for gpu in gpus if gpu.strip())
+        names = "; ".join(gpu.strip() for gpu in gpus if gpu.strip())
+        # The tool is there on machines without a GPU, too.
+        facts |= {"gpu": names} if names else {}
     return facts | versions
 
 

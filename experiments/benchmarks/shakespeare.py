@@ -6,7 +6,9 @@ Runs `experiments/shakespeare_char.py`, and nanoGPT's `train.py config/train_sha
 the same split of the same text, one after the other as people start them: imports, compiling,
 evaluations and checkpoints are in the time, nothing compiled is kept from before. A run is ended as
 soon as its validation loss is there; without `--target` it goes on to its last step. nanoGPT
-estimates its loss on 200 random batches, gptjax takes it over the whole validation text.
+estimates its loss on 200 random batches, gptjax takes it over the whole validation text. Beside
+these times stand those of the train steps alone, without evaluations: the steps to the target times
+the median step by each side's own log.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import pickle
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,12 +29,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from measuring import Column, Report, machine, say
+from measuring import Column, Report, say
 
 from gptjax.command_line import parse_flags, run_command
+from gptjax.doctor import has_nvidia
 from gptjax.errors import UserError
 
 GPTJAX, NANOGPT = "gptjax", "nanoGPT"
+
+Point = tuple[float, float, int]
+"""An evaluation: seconds from the start of the process, validation loss, step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +88,25 @@ def run_gptjax(settings: Settings, folder: Path) -> dict[str, Any]:
     environment |= {"GPTJAX_CACHE": str(folder / "cache")}
     log, seen = out / "metrics.jsonl", {}
 
-    def losses(start: float) -> list[tuple[float, float]]:
-        if log.exists():
-            for line in log.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    row = json.loads(line)
-                    if "val_loss" in row and row["step"] not in seen:
-                        seen[row["step"]] = (time.perf_counter() - start, row["val_loss"])
+    def rows() -> Iterator[dict[str, Any]]:
+        text = log.read_text(encoding="utf-8") if log.exists() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+    def losses(start: float) -> list[Point]:
+        for row in rows():
+            if "val_loss" in row and row["step"] not in seen:
+                seen[row["step"]] = (time.perf_counter() - start, row["val_loss"], row["step"])
         return list(seen.values())
 
-    return follow(settings, command, environment, folder, folder / "gptjax.log", losses)
+    def step_times() -> list[float]:
+        # The rate leaves out evaluations and checkpoints.
+        return [
+            row["tokens"] / row["tokens_per_second"] for row in rows() if "tokens_per_second" in row
+        ]
+
+    return follow(settings, command, environment, folder, folder / "gptjax.log", losses, step_times)
 
 
 def run_nanogpt(settings: Settings, folder: Path) -> dict[str, Any]:
@@ -101,7 +117,7 @@ def run_nanogpt(settings: Settings, folder: Path) -> dict[str, Any]:
     shutil.copytree(settings.nanogpt, clone, ignore=ignored)
     write_data(settings.data, clone / "data" / "shakespeare_char")
     command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py"]
-    if "gpu" not in machine():
+    if not has_nvidia():
         command += ["--device=cpu", "--compile=False", "--dtype=float32"]
     if settings.recipe.startswith("cpu"):
         # Of nanoGPT's README, for a CPU.
@@ -114,23 +130,28 @@ def run_nanogpt(settings: Settings, folder: Path) -> dict[str, Any]:
     if settings.tiny:
         command += ["--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=8"]
         command += ["--batch_size=2", "--eval_iters=2"]
-    found: list[tuple[float, float]] = []
+    found: list[Point] = []
     log = folder / "nanogpt.log"
     read = 0
 
-    def losses(start: float) -> list[tuple[float, float]]:
+    def losses(start: float) -> list[Point]:
         nonlocal read
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         # Only whole lines.
         lines = text.splitlines()[: text.count("\n")]
         for line in lines[read:]:
             if match := re.match(r"step (\d+): .*val loss ([\d.]+)", line):
-                found.append((time.perf_counter() - start, float(match[2])))
+                found.append((time.perf_counter() - start, float(match[2]), int(match[1])))
         read = len(lines)
         return found
 
+    def step_times() -> list[float]:
+        # Those of steps after an evaluation have it in them; the median is of the others.
+        text = log.read_text(encoding="utf-8", errors="replace")
+        return [float(ms) / 1e3 for ms in re.findall(r"iter \d+: .*time ([\d.]+)ms", text)]
+
     environment = dict(os.environ) | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    return follow(settings, command, environment, clone, log, losses)
+    return follow(settings, command, environment, clone, log, losses, step_times)
 
 
 def write_data(text: Path, folder: Path) -> None:
@@ -153,9 +174,20 @@ def follow(
     environment: dict[str, str],
     folder: Path,
     log: Path,
-    losses: Callable[[float], list[tuple[float, float]]],
+    losses: Callable[[float], list[Point]],
+    step_times: Callable[[], list[float]],
 ) -> dict[str, Any]:
-    """Runs a command to the target, or to its end."""
+    """Runs a command to the target, or to its end.
+
+    Args:
+        settings: with the target.
+        command: what to run.
+        environment: of the process.
+        folder: in which it runs.
+        log: takes what it prints.
+        losses: the evaluations that are done, given when the process started.
+        step_times: the seconds of single train steps, as the process logged them.
+    """
     with log.open("w", encoding="utf-8") as out, started() as start_process:
         start = time.perf_counter()
         process = start_process(command, environment, folder, out)
@@ -164,7 +196,7 @@ def follow(
             ended = process.poll() is not None
             curve = losses(start)
             goal = settings.target if settings.target is not None else -float("inf")
-            reached = next((when for when, loss in curve if loss <= goal), None)
+            reached = next((when for when, loss, _ in curve if loss <= goal), None)
             if ended or time.perf_counter() - start > settings.seconds:
                 break
             time.sleep(0.05)
@@ -172,10 +204,19 @@ def follow(
     if process.returncode not in (0, None) and reached is None and not curve:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise UserError(f"{' '.join(command[1:3])} failed: {' '.join(last)}")
+    times = step_times()
+    step_seconds = statistics.median(times) if times else None
+    steps = curve[-1][2] if curve else None
+    if reached is not None:
+        steps = next(step for when, _, step in curve if when == reached)
+    trained = None if steps is None or step_seconds is None else steps * step_seconds
     return {
         "seconds": reached,
         "run_seconds": seconds,
-        "best": min((loss for _, loss in curve), default=None),
+        "steps": steps,
+        "step_seconds": step_seconds,
+        "train_seconds": trained,
+        "best": min((loss for _, loss, _ in curve), default=None),
         "evaluations": len(curve),
         "curve": list(curve),
     }
@@ -234,10 +275,20 @@ def main() -> None:
         ratio = times[0] / times[1]
         report.extra["time_ratio"] = ratio
         report.notes.append(f"gptjax takes {ratio:.2f} of nanoGPT's time.")
+        trained = [row["train_seconds"] for row in report.rows.values()]
+        if all(trained):
+            ratio = trained[0] / trained[1]
+            report.extra["train_time_ratio"] = ratio
+            report.notes.append(
+                "Of train steps alone, without start, compiling and evaluations, "
+                f"{ratio:.2f}: {trained[0]:.1f} s and {trained[1]:.1f} s."
+            )
     report.show(
         {
             "seconds": Column("s to the target", 1),
             "run_seconds": Column("s of the run", 1),
+            "train_seconds": Column("s of train steps alone", 1),
+            "steps": Column("steps", 0),
             "best": Column("best validation loss", 4),
             "evaluations": Column("evaluations", 0),
         }

@@ -28,10 +28,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from measuring import Column, DoesNotFitError, Report, Worker, in_turns, machine, peak_memory, say
+from measuring import (
+    Column,
+    DoesNotFitError,
+    MeasurementError,
+    Report,
+    Worker,
+    in_turns,
+    peak_memory,
+    run_benchmark,
+    say,
+)
 
-from gptjax.command_line import configure_jax, parse_flags, run_command
+from gptjax.command_line import configure_jax, parse_flags
 from gptjax.config import ComputeDtype, ModelConfig
+from gptjax.doctor import has_nvidia
 from gptjax.errors import UserError
 from gptjax.optimizer import OptimizerConfig
 from gptjax.params import flops_per_token
@@ -63,12 +74,14 @@ class Settings:
             device with its share.
         scan_unroll: Blocks in a row for each turn of the loop over blocks. Each number is a row.
         remat: What the backward pass recomputes. Each is a row.
-        first_that_fits: Whether to stop at the first of the rows that the memory is enough for.
+        first_that_fits: Whether to stop at the first of the rows that the memory is enough for;
+            peers try the numbers of microbatches likewise.
         turns: How often each is measured.
         warmup: Steps before the first clock runs, after the one that compiles.
         steps: Steps timed in a turn.
         nanogpt: A clone of nanoGPT, to compare with.
-        peer_accumulate: Microbatches of peers; None is that of gptjax.
+        peer_accumulate: Microbatches of peers, of several the first that fits; none are those of
+            gptjax.
         transformers: Whether to compare with transformers' GPT-2.
         matrix_rate: Floating-point operations a second that the chip was measured to do in a matrix
             product, to tell the share of it.
@@ -94,7 +107,7 @@ class Settings:
     warmup: int = 20
     steps: int = 60
     nanogpt: Path | None = None
-    peer_accumulate: int | None = None
+    peer_accumulate: tuple[int, ...] = ()
     transformers: bool = False
     matrix_rate: float | None = None
     profile: Path | None = None
@@ -104,7 +117,7 @@ class Settings:
     def check(self) -> None:
         """Raises a UserError where something is out of range or absent."""
         numbers = {"turns": self.turns, "steps": self.steps, "batch_size": self.batch_size}
-        several = (*self.accumulate, *self.scan_unroll, self.peer_accumulate)
+        several = (*self.accumulate, *self.scan_unroll, *self.peer_accumulate)
         numbers |= {f"accumulate or scan_unroll ({n})": n for n in several}
         for name, value in numbers.items():
             if value is not None and value < 1:
@@ -149,10 +162,10 @@ Run = Callable[..., dict[str, Any]]
 
 @dataclass
 class Plan:
-    """Contestants by the name of their row."""
+    """Contestants by the name of their row; of a peer's recipes the first that fits counts."""
 
     ours: dict[str, Recipe] = field(default_factory=dict)
-    peers: dict[str, tuple[Callable[..., Run], Recipe]] = field(default_factory=dict)
+    peers: dict[str, tuple[Callable[..., Run], list[Recipe]]] = field(default_factory=dict)
 
 
 def plan(settings: Settings) -> Plan:
@@ -164,28 +177,27 @@ def plan(settings: Settings) -> Plan:
     base = recipe(settings)
     made = Plan()
     unrolls = settings.scan_unroll or (None,)
-    for accumulate, remat, unroll in itertools.product(
-        settings.accumulate, settings.remat, unrolls
-    ):
+    for accumulate in (*settings.accumulate, *settings.peer_accumulate):
         if base.batch_size % accumulate:
             raise UserError(
                 f"batch_size {base.batch_size} does not divide into {accumulate} microbatches"
             )
+    # Fewer rows at once come before computing anything again, which costs more.
+    for remat, accumulate, unroll in itertools.product(
+        settings.remat, settings.accumulate, unrolls
+    ):
         label = GPTJAX
         label += f", {accumulate} microbatches" if len(settings.accumulate) > 1 else ""
         label += f", remat {remat}" if len(settings.remat) > 1 else ""
         label += f", {unroll} blocks a turn" if unroll is not None else ""
         changes: dict[str, Any] = {"remat": remat, "scan_unroll": unroll}
         made.ours[label] = changed(base, accumulate, changes)
-    peer = changed(base, settings.peer_accumulate or next(iter(settings.accumulate)), {})
-    if base.batch_size % peer.accumulate:
-        raise UserError(
-            f"batch_size {base.batch_size} does not divide into {peer.accumulate} microbatches"
-        )
+    same = settings.accumulate if settings.first_that_fits else settings.accumulate[:1]
+    tries = [changed(base, n, {}) for n in settings.peer_accumulate or same]
     if settings.nanogpt is not None:
-        made.peers[NANOGPT] = (nanogpt_run, peer)
+        made.peers[NANOGPT] = (nanogpt_run, tries)
     if settings.transformers:
-        made.peers[TRANSFORMERS] = (transformers_run, peer)
+        made.peers[TRANSFORMERS] = (transformers_run, tries)
     if settings.model == "nanogpt-cpu" and len(made.ours) == 1:
         made.ours[MODERN] = recipe(settings, "cpu-modern")
     return made
@@ -438,19 +450,24 @@ def torch_run(
 
 
 def measure(settings: Settings) -> tuple[Report, dict[str, Recipe]]:
-    """Measures every contestant: the report, and the rows that fitted."""
+    """Measures every contestant: the report, and gptjax's rows that fitted.
+
+    A peer that fails is named in the report with the reason; the others go on without it.
+
+    Raises:
+        UserError: if none of gptjax's rows fits.
+        MeasurementError: if one of them fails otherwise.
+    """
     contestants = plan(settings)
-    on_gpu = "gpu" in machine()
     report = Report(f"Train step of {settings.model}", settings)
     # A GPU's memory is for one at a time, but where peers take turns.
-    together = bool(contestants.peers) or not on_gpu
-    # JAX takes a share of a GPU's memory at once, of which a peer would have nothing.
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
-    if contestants.peers:
-        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    together = bool(contestants.peers) or not has_nvidia()
+    environment = memory_flags(settings)
     found: dict[str, list[dict[str, Any]]] = {}
     fitted: dict[str, Recipe] = {}
     workers: dict[str, Worker] = {}
+    peers: dict[str, Recipe] = {}
+    failures: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         for label, given in contestants.ours.items():
             say(f"{label}: compiling")
@@ -462,26 +479,47 @@ def measure(settings: Settings) -> tuple[Report, dict[str, Recipe]]:
                     worker.close()
             except DoesNotFitError as error:
                 worker.close()
-                report.add(label, note=f"does not fit: {error}", tokens_per_second="does not fit")
+                report.add(
+                    label, note=f"does not fit: {error.reason}", tokens_per_second="does not fit"
+                )
                 continue
             workers[label], fitted[label] = worker, given
             if settings.first_that_fits:
                 break
-        for label, (build, given) in contestants.peers.items():
-            say(f"{label}: getting ready")
-            workers[label] = stack.enter_context(Worker(build, given, settings.nanogpt))
-            workers[label].wait()
+        if not fitted:
+            raise UserError(f"{settings.model} does not fit in memory in any of these ways")
+        for label, (build, tries) in contestants.peers.items():
+            for given in tries:
+                say(f"{label}: getting ready, {given.accumulate} microbatches")
+                worker = stack.enter_context(Worker(build, given, settings.nanogpt))
+                try:
+                    worker.wait()
+                except MeasurementError as error:
+                    say(f"{label}: {error}")
+                    worker.close()
+                    failures[label] = error.reason
+                    if isinstance(error, DoesNotFitError):
+                        continue
+                    break
+                failures.pop(label, None)
+                workers[label], peers[label] = worker, given
+                break
         if together:
-            found = in_turns(workers, settings.turns, settings.steps)
-    if not fitted:
-        raise UserError(f"{settings.model} does not fit in memory in any of these ways")
+            found = in_turns(
+                workers, settings.turns, settings.steps, may_fail=peers, failures=failures
+            )
     peak = next(iter(found[next(iter(fitted))]))["peak_flops"]
     for label, turns in found.items():
-        given = contestants.ours.get(label) or contestants.peers[label][1]
+        given = fitted.get(label) or peers[label]
         add_row(report, label, turns, given, peak, settings.matrix_rate)
     ours = next(iter(fitted))
-    for peer in contestants.peers:
-        compare(report, ours, peer)
+    for peer in peers:
+        if peer in found:
+            compare(report, ours, peer)
+    for peer, reason in failures.items():
+        report.add(peer, tokens_per_second="failed", note=reason)
+        report.notes.append(f"{peer} failed, and is not compared with: {reason}")
+    report.extra["failed"] = failures
     facts = found[ours][0]
     model = fitted[ours].model
     report.extra |= {name: facts[name] for name in ("device", "kind", "devices", "peak_flops")}
@@ -491,6 +529,14 @@ def measure(settings: Settings) -> tuple[Report, dict[str, Recipe]]:
         f"/ {peak:.4g} FLOP/s of {facts['device']}"
     )
     return report, fitted
+
+
+def memory_flags(settings: Settings) -> dict[str, str]:
+    """The environment by which JAX takes a GPU's memory in gptjax's rows."""
+    if settings.nanogpt is not None or settings.transformers:
+        # Of a share that is taken at once, a peer would have nothing.
+        return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
 
 
 def add_row(
@@ -531,9 +577,11 @@ def compare(report: Report, ours: str, peer: str) -> None:
     report.extra.setdefault("step_time_ratio", {})[peer] = named
     report.add(ours, **{f"ratio_{peer}": [1 / ratio for ratio in named["median"]]})
     cell = Column("", 2).cell
+    at_once = {name: report.rows[name]["rows_at_once"] for name in (ours, peer)}
     report.notes.append(
         f"step time of {ours} / {peer}: fastest {cell(named['fastest'])}, "
-        f"median {cell(named['median'])}; below 1 gptjax is faster"
+        f"median {cell(named['median'])}; below 1 gptjax is faster; "
+        f"rows at once {at_once[ours]} / {at_once[peer]}"
     )
 
 
@@ -547,8 +595,9 @@ def profile(settings: Settings, report: Report, given: Recipe) -> list[Report]:
     assert settings.profile is not None
     steps = 3
     say("tracing")
-    # Else a GPU's operations come in bundles without names.
-    flags = {"XLA_FLAGS": flags_without_command_buffers()}
+    # The memory that the measured row had. And without command buffers, or a GPU's operations come
+    # in bundles without names.
+    flags = memory_flags(settings) | {"XLA_FLAGS": flags_without_command_buffers()}
     with Worker(gptjax_run, given, environment=flags) as worker:
         worker.wait()
         worker(steps, settings.profile)
@@ -618,4 +667,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)
