@@ -14,6 +14,7 @@ import pytest
 from commands import REPOSITORY, Command
 
 import gptjax
+from gptjax import command_line
 from gptjax.devices import CHIPS
 from gptjax.params import count_params, flops_per_token
 
@@ -289,6 +290,8 @@ def test_a_process_that_dies_is_not_short_of_memory(
         raise measuring.MeasurementError("it ended with status -11, backend")
 
     monkeypatch.setattr(training, "Worker", build)
+    # Other tests have started JAX in this process.
+    monkeypatch.setattr(command_line, "configure_jax", lambda: None)
     settings = training.Settings(
         model=str(model), batch_size=8, accumulate=(2, 4), first_that_fits=True
     )

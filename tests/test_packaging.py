@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import Command
 from small_models import GPT2, random_params
 
 import gptjax
@@ -54,13 +55,8 @@ def test_the_version_is_said_in_one_place() -> None:
     assert elsewhere == []
 
 
-def test_the_command_tells_it(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    from gptjax import cli
-
-    monkeypatch.setattr(sys, "argv", ["gptjax", "--version"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert capsys.readouterr().out == f"gptjax {gptjax.__version__}\n"
+def test_the_command_tells_it(command: Command) -> None:
+    assert command("gptjax", "--version") == (0, f"gptjax {gptjax.__version__}\n", "")
 
 
 def test_the_lowest_versions() -> None:
