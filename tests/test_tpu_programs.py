@@ -346,6 +346,6 @@ def test_lines(name: str) -> None:
     # A width of 1,600 is twelve tiles and a half, which no layout of it mends.
     assert row["padding"] <= (0.001 if name == "gpt2" else 0.025)
     assert row["added_padding"] <= 0.005
-    # All four of the forward pass; the backward pass, which has five, waits for three.
-    assert row["loop_gathers"] - row["loop_gathers_overlapped"] <= 3
+    # Of nine two are waited for.
+    assert row["loop_gathers"] - row["loop_gathers_overlapped"] <= 2
     assert (row["loop_gathers"] > 0) == (row["chips"] > 1)
