@@ -52,8 +52,8 @@ TPU: dict[str, str] = {
     "--xla_tpu_overlap_compute_collective_tc": "true",
     # And beside attention's kernel. Gathering the next block's weights ahead of their block
     # (`--xla_tpu_enable_ici_ag_pipelining`, `--xla_tpu_enable_ag_backward_pipelining`) is left out:
-    # it holds another block's weights (GPT-3 on 512 v5p 12.86 GiB instead of 11.96), and of the nine
-    # gathers of GPT-2 XL on eight v5e it hides six where the rest hides seven.
+    # it holds another block's weights (GPT-3 on 512 v5p 12.86 GiB instead of 11.96), and hides six
+    # of the nine gathers of GPT-2 XL on eight v5e where the rest hides seven.
     "--xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": "true",
 }
 """Of libtpu, by `LIBTPU_INIT_ARGS`."""
