@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax.config import ModelConfig
-from gptjax.cudnn_attention import cudnn_attention, cudnn_refuses
+from gptjax.cudnn_attention import cudnn_attention, cudnn_refuses, is_kernel
 from gptjax.devices import compute_dtype, platform
 from gptjax.ring import ring_attention
 from gptjax.sharding import axis_parts
-from gptjax.splash import SPLASH_BLOCK, splash_attention, splash_takes
+from gptjax.splash import KEPT, SPLASH_BLOCK, splash_attention, splash_takes
 
 
 class Backend(NamedTuple):
@@ -163,6 +163,12 @@ def choose_backend(
 
 
 _KERNELS = {"splash": "JAX's splash kernel", "cudnn": "cuDNN's flash kernel"}
+
+
+kernel_results = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(KEPT), is_kernel
+)
+"""A rematerialization policy that keeps what the backward kernels ask of the forward ones."""
 
 
 def _indivisible(B: int, H: int, K: int) -> str | None:

@@ -18,10 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.sharding import axis_parts, on_each_device
-
-_QUERIES = ("batch", None, "heads", "head")
-_KEYS = ("batch", None, "kv_heads", "head")
+from gptjax.sharding import axis_parts, on_rows_and_heads
 
 
 def cudnn_refuses(length: int, head_width: int, dtype: Any, *, masked: bool = False) -> str | None:
@@ -79,23 +76,15 @@ def cudnn_attention(
         window: scalar int; a query sees only so many keys back, its own slot included.
         segments: `[B, T]` int, the document of each token.
     """
-    inputs, axes = [q_BTHC, k_BTKC, v_BTKC], [_QUERIES, _KEYS, _KEYS]
-    if segments is not None:
-        inputs.append(segments)
-        axes.append(("batch", None))
-    if window is not None:
-        inputs.append(jnp.asarray(window))
-        axes.append(())
+    given = [x for x in (segments, window) if x is not None]
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
-        given = iter(rest)
-        segments_BT = None if segments is None else next(given)
-        reach = None if window is None else next(given)
+        parts = iter(rest)
+        segments_BT = None if segments is None else next(parts)
+        reach = None if window is None else next(parts)
         return _attend(q, k, v, segments_BT, reach)
 
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(*inputs)
-    return on_each_device(local, axes, _QUERIES)(*inputs)
+    return on_rows_and_heads(local, q_BTHC, k_BTKC, v_BTKC, *map(jnp.asarray, given))
 
 
 def _attend(

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -140,6 +141,21 @@ def program_bytes(compiled: Any) -> int | None:
         + analysis.temp_size_in_bytes
         - analysis.alias_size_in_bytes
     )
+
+
+def has_nvidia() -> bool:
+    """Whether this machine has an NVIDIA GPU, whatever JAX makes of it."""
+    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists()
+
+
+def has_tpu() -> bool:
+    """Whether this machine has a TPU, whatever JAX makes of it."""
+    if any(Path("/dev").glob("accel[0-9]*")) or os.environ.get("COLAB_TPU_ADDR"):
+        return True
+    # Newer TPU machines offer their chips through vfio, as Google's PCI devices.
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    google = any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
+    return google and any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def describe(devices: Sequence[Any]) -> str:

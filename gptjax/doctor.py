@@ -5,8 +5,8 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
+from gptjax.devices import has_nvidia, has_tpu
 from gptjax.errors import UserError
 
 _PACKAGES = (
@@ -167,21 +167,6 @@ def _accelerator_advice(backend: str) -> list[str]:
     if backend == "cpu" and not advice:
         advice.append("no GPU or TPU is here; everything runs on the CPU")
     return advice
-
-
-def has_nvidia() -> bool:
-    """Whether this machine has an NVIDIA GPU, whatever JAX makes of it."""
-    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists()
-
-
-def has_tpu() -> bool:
-    """Whether this machine has a TPU, whatever JAX makes of it."""
-    if any(Path("/dev").glob("accel[0-9]*")) or os.environ.get("COLAB_TPU_ADDR"):
-        return True
-    # Newer TPU machines offer their chips through vfio, as Google's PCI devices.
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    google = any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
-    return google and any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def _version(package: str) -> str | None:

@@ -665,17 +665,17 @@ def _chosen(
 
     A mesh is of all devices, and the training and the evaluation batches divide over it.
     """
-    from gptjax.planning import choose_mesh
     from gptjax.planning.meshes import choices
 
     eval_batch = next((len(batch["tokens"]) for batch in eval_data or ()), None)
-    options: dict[str, Any] = {"optimizer": optimizer, "accumulate": accumulate}
+    given = dict(mesh.shape) if isinstance(mesh, Mesh) else mesh
+    only = None if config.remat == "auto" else config.remat
 
     def choose() -> tuple[Any, Any]:
-        if config.remat != "auto":
-            return config.remat, choose_mesh(config, batch=rows, eval_batch=eval_batch, **options)
-        given = "auto" if mesh == "auto" else None if mesh is None else dict(mesh.shape)
-        choice = next(choices(config, "local", rows, given, eval_batch=eval_batch, **options))
+        found = choices(
+            config, "local", rows, given, optimizer, accumulate, eval_batch=eval_batch, only=only
+        )
+        choice = next(found)
         return choice.remat, choice.candidates[0].layout.axes
 
     # Processes may find unlike amounts of memory, but need one mesh and one program.

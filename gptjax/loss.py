@@ -251,15 +251,18 @@ def _block_length(T: int, blocks: int) -> int:
     if platform() == "tpu":
         # The output matrix's gradient sums over them, in tiles as wide as the matrix unit.
         whole = math.lcm(parts, TPU_TILE * axis_parts("sequence"))
-        if 4 * length >= whole:
-            length = int(whole_tiles(T, length, whole))
+        length = int(whole_tiles(T, length, whole))
     return length
 
 
 def whole_tiles(T: float, length: float, tile: int) -> float:
-    """A block's length, filled up to whole tiles where that adds no more than a 20th to all T."""
+    """A block's length, filled up to whole tiles.
+
+    But as it is where that would be more than four times as long, or add more than a 20th to all T.
+    """
     filled = math.ceil(length / tile) * tile
-    return filled if math.ceil(T / filled) * filled <= 1.05 * T else length
+    pays = filled <= 4 * length and math.ceil(T / filled) * filled <= 1.05 * T
+    return filled if pays else length
 
 
 def _split(kernel_VD: jax.Array, dtype: Any) -> jax.Array:

@@ -15,9 +15,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.activations import activate
-from gptjax.attention import attention, row_bernoulli
+from gptjax.attention import attention, kernel_results, row_bernoulli
 from gptjax.config import ModelConfig
-from gptjax.cudnn_attention import is_kernel
 from gptjax.devices import compute_dtype, materialized, platform
 from gptjax.errors import UserError
 from gptjax.experts import Routing, mixture
@@ -34,7 +33,6 @@ from gptjax.layouts import (
 from gptjax.params import Params, is_spec, param_specs
 from gptjax.pipeline import pipelined
 from gptjax.sharding import axis_parts, constrain, on_each_device, scattered_sum, summed
-from gptjax.splash import KEPT
 
 if TYPE_CHECKING:
     from gptjax.tokenizer import Tokenizer
@@ -923,10 +921,9 @@ def rematerialized(body: Any, config: ModelConfig) -> Any:
         case "none" | "auto":
             return body
         case "dots":
-            # And the attention kernel's output, so that the backward pass repeats no product.
-            policies = jax.checkpoint_policies
-            named = policies.save_only_these_names("product", KEPT)
-            policy = policies.save_from_both_policies(named, is_kernel)
+            # And what the attention kernel gave, so that the backward pass repeats no product.
+            products = jax.checkpoint_policies.save_only_these_names("product")
+            policy = jax.checkpoint_policies.save_from_both_policies(products, kernel_results)
             return jax.checkpoint(body, policy=policy, prevent_cse=scan_unroll(config) > 1)
         case "full":
             return jax.checkpoint(body, prevent_cse=scan_unroll(config) > 1)

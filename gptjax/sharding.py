@@ -409,6 +409,32 @@ def on_each_device(
     return call
 
 
+def on_rows_and_heads(
+    function: Callable[..., jax.Array],
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    *more: jax.Array,
+) -> jax.Array:
+    """Attention of whole sequences on every device's own rows and heads, under the mesh in force.
+
+    Kernels are not split by the compiler. Without a mesh the function is called as it is.
+
+    Args:
+        function: of queries, keys, values and the rest, to what is shaped like the queries.
+        q_BTHC: queries.
+        k_BTKC: keys.
+        v_BTKC: values.
+        more: `[B, T]`, such as the documents of the tokens, or scalars.
+    """
+    inputs = (q_BTHC, k_BTKC, v_BTKC, *more)
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*inputs)
+    queries, keys = ("batch", None, "heads", "head"), ("batch", None, "kv_heads", "head")
+    axes = [queries, keys, keys, *(("batch", None) if x.ndim else () for x in more)]
+    return on_each_device(function, axes, queries)(*inputs)
+
+
 def gathered(x: jax.Array, axis: str, dimension: int) -> jax.Array:
     """On each device, the parts of all devices of a mesh axis, one after another."""
     return jax.lax.all_gather(x, axis, axis=dimension, tiled=True) if _is_split(axis) else x

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.sharding import axis_parts, on_each_device
+from gptjax.sharding import axis_parts, on_rows_and_heads
 
 SPLASH_BLOCK = 128
 """The kernel's sequence lengths are multiples of it: the lanes of a TPU's registers."""
@@ -161,15 +161,8 @@ def splash_attention(
         out: Any = jax.vmap(attend)(q, k, v, *(kernel.SegmentIds(s, s) for s in segments))
         return jnp.swapaxes(out, 1, 2)
 
-    queries, keys = ("batch", None, "heads", "head"), ("batch", None, "kv_heads", "head")
-    inputs = [q_BTHC, k_BTKC, v_BTKC]
-    axes: list[tuple[str | None, ...]] = [queries, keys, keys]
-    if segments_BT is not None:
-        inputs.append(segments_BT)
-        axes.append(("batch", None))
-    mesh = jax.sharding.get_abstract_mesh()
-    function = local if mesh.empty else on_each_device(local, axes, queries)
-    return function(*inputs)
+    segments = () if segments_BT is None else (segments_BT,)
+    return on_rows_and_heads(local, q_BTHC, k_BTKC, v_BTKC, *segments)
 
 
 def _divisor(number: int, most: int) -> int:

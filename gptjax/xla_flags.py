@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from gptjax.doctor import has_nvidia, has_tpu
+from gptjax.devices import has_nvidia, has_tpu
 
 GPU: dict[str, str] = {
     # Collectives start as early and end as late as their arguments allow, and other kernels run
@@ -76,17 +76,26 @@ def set_flags(*platforms: Literal["gpu", "tpu"]) -> None:
         known = known_flags(known_flags(GPU, _cuda_library()), _library("jaxlib", "libjax_common"))
         _extend("XLA_FLAGS", known)
     if "tpu" in wanted:
-        _extend("LIBTPU_INIT_ARGS", known_flags(TPU, _library("libtpu", "libtpu")))
+        _extend("LIBTPU_INIT_ARGS", missing_tpu_flags())
+
+
+def missing_tpu_flags() -> dict[str, str]:
+    """Of `TPU`, what the installed libtpu knows and `LIBTPU_INIT_ARGS` does not set."""
+    return _unset("LIBTPU_INIT_ARGS", known_flags(TPU, _library("libtpu", "libtpu")))
+
+
+def _unset(variable: str, flags: Mapping[str, str]) -> dict[str, str]:
+    given = os.environ.get(variable, "").split()
+    if given and not given[0].startswith("-"):
+        return {}  # XLA reads the flags from a file of this name.
+    named = {word.partition("=")[0] for word in given}
+    return {name: value for name, value in flags.items() if name not in named}
 
 
 def _extend(variable: str, flags: Mapping[str, str]) -> None:
-    given = os.environ.get(variable, "").strip()
-    if given and not given.startswith("-"):
-        return  # XLA reads the flags from a file of this name.
-    named = {word.partition("=")[0] for word in given.split()}
-    added = [f"{name}={value}" for name, value in flags.items() if name not in named]
+    added = [f"{name}={value}" for name, value in _unset(variable, flags).items()]
     if added:
-        os.environ[variable] = " ".join([*given.split(), *added])
+        os.environ[variable] = " ".join([*os.environ.get(variable, "").split(), *added])
 
 
 def known_flags(flags: Mapping[str, str], library: Path | None) -> dict[str, str]:

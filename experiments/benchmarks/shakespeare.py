@@ -32,7 +32,7 @@ import numpy as np
 from measuring import Column, Report, say
 
 from gptjax.command_line import parse_flags, run_command
-from gptjax.doctor import has_nvidia
+from gptjax.devices import has_nvidia
 from gptjax.errors import UserError
 
 GPTJAX, NANOGPT = "gptjax", "nanoGPT"

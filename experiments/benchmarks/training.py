@@ -42,7 +42,7 @@ from measuring import (
 
 from gptjax.command_line import configure_jax, parse_flags
 from gptjax.config import ComputeDtype, ModelConfig
-from gptjax.doctor import has_nvidia
+from gptjax.devices import has_nvidia
 from gptjax.errors import UserError
 from gptjax.optimizer import OptimizerConfig
 from gptjax.params import flops_per_token

@@ -1,6 +1,5 @@
 """The real train step, compiled ahead of time, and what its program says."""
 
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -123,10 +122,8 @@ def _options(target: Topology) -> dict[str, str] | None:
     """The compiler's options that a run on these chips has, by `xla_flags.set_flags`."""
     if target.platform != "tpu":
         return None
-    given = os.environ.get("LIBTPU_INIT_ARGS", "").split()
-    named = {word.partition("=")[0] for word in given}
-    flags = xla_flags.known_flags(xla_flags.TPU, xla_flags._library("libtpu", "libtpu"))
-    return {name.removeprefix("--"): flags[name] for name in flags if name not in named}
+    missing = xla_flags.missing_tpu_flags()
+    return {name.removeprefix("--"): value for name, value in missing.items()}
 
 
 def _logits_bytes(text: str, layout: Layout) -> int:

@@ -196,7 +196,7 @@ def _rows_at_once(layout: Layout) -> float:
     at_once = LOGITS_AT_ONCE_GPU if layout.platform == "gpu" else LOGITS_AT_ONCE
     rows = min(tokens, at_once / layout.config.vocab_size)
     length = rows / tokens * T
-    if layout.platform == "tpu" and length >= TPU_TILE / 4:
+    if layout.platform == "tpu":
         length = whole_tiles(T, length, TPU_TILE)
     return tokens * length / T
 
