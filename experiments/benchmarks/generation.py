@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Column, Report, Worker, in_turns, peak_memory, run_benchmark
+from measuring import (
+    Column,
+    Report,
+    Worker,
+    in_turns,
+    peak_memory,
+    run_benchmark,
+    transformers_gpt2,
+)
 
 from gptjax.command_line import configure_jax, parse_flags
 from gptjax.config import ComputeDtype
@@ -94,18 +102,8 @@ def gptjax_engine(settings: Settings, batch: int | None) -> Callable[[], int]:
 def transformers_engine(settings: Settings, batch: int | None) -> Callable[[], int]:
     """The same by transformers' `generate`, on a GPU where there is one."""
     import torch  # pyright: ignore[reportMissingImports]
-    import transformers  # pyright: ignore[reportMissingImports]
 
-    config = read_model(settings.model)
-    model: Any = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.context_length,
-            n_embd=config.embed_dim,
-            n_layer=config.num_layers,
-            n_head=config.num_heads,
-        )
-    )
+    model = transformers_gpt2(read_model(settings.model))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device == "cuda")
     model = model.eval().to(device, torch.bfloat16 if half else torch.float32)

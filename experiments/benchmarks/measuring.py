@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gptjax.command_line import run_command
+from gptjax.config import ModelConfig
 
 MEASUREMENT_SECONDS = 900
 """How long a process may take over one answer."""
@@ -175,6 +176,26 @@ def in_turns(
                 if failures is not None:
                     failures[name] = error.reason
     return found
+
+
+def transformers_gpt2(config: ModelConfig, **changes: Any) -> Any:
+    """transformers' GPT-2 of the same shape, with weights that it draws.
+
+    Args:
+        config: a model in GPT-2's architecture.
+        changes: other fields of transformers' configuration.
+    """
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    shape = transformers.GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.context_length,
+        n_embd=config.embed_dim,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        **changes,
+    )
+    return transformers.GPT2LMHeadModel(shape)
 
 
 def run_benchmark(main: Callable[[], object]) -> NoReturn:

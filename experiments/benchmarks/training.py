@@ -38,6 +38,7 @@ from measuring import (
     peak_memory,
     run_benchmark,
     say,
+    transformers_gpt2,
 )
 
 from gptjax.command_line import configure_jax, parse_flags
@@ -360,21 +361,10 @@ def nanogpt_run(recipe: Recipe, clone: Path) -> Run:
 def transformers_run(recipe: Recipe, _: Path | None) -> Run:
     """The step of transformers' GPT-2, with PyTorch's AdamW."""
     import torch  # pyright: ignore[reportMissingImports]
-    import transformers  # pyright: ignore[reportMissingImports]
 
     shape, optim = recipe.model, recipe.optimizer
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout)
-    model: Any = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=shape.vocab_size,
-            n_positions=shape.context_length,
-            n_embd=shape.embed_dim,
-            n_layer=shape.num_layers,
-            n_head=shape.num_heads,
-            use_cache=False,
-            **dropout,
-        )
-    )
+    model = transformers_gpt2(shape, use_cache=False, **dropout)
 
     def optimizer(model: Any, device: str) -> Any:
         return torch.optim.AdamW(
