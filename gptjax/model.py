@@ -438,7 +438,8 @@ def project_qkv(
         kernel, bias = params["qkv"], params.get("qkv_bias")
     else:
         kernel, bias = join_qkv(params, config)
-    if "qkv" in params or axis_parts("embed") == 1:
+    # Rounded kernels have no gradients, for whose sake the others are multiplied apart.
+    if "qkv" in params or axis_parts("embed") == 1 or isinstance(kernel, Int8):
         qkv_BTKNC = linear(x_BTD, kernel, bias)
     else:
         kernels = tuple(params[name] for name in _QKV)

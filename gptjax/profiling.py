@@ -189,8 +189,8 @@ def _read(directory: str | Path) -> _Trace:
 
 def _parse(data: Any, directory: str | Path) -> _Trace:
     devices: dict[str, list[_Event]] = collections.defaultdict(list)
+    processors: dict[str, list[_Event]] = collections.defaultdict(list)
     steps: list[tuple[int, float, float]] = []
-    accelerated = any(plane.name.startswith("/device:") for plane in data.planes)
     for plane in data.planes:
         on_device, on_host = (plane.name.startswith(kind) for kind in ("/device:", "/host:"))
         # A GPU's streams are the operations themselves; other lines sum them up. A TPU has one.
@@ -205,12 +205,13 @@ def _parse(data: Any, directory: str | Path) -> _Trace:
                     devices[plane.name].append(_event(event, stats))
                 elif "step_num" in stats:
                     steps.append((int(stats["step_num"]), event.start_ns, event.end_ns))
-                elif "hlo_op" in stats and not accelerated:
+                elif "hlo_op" in stats:
                     device = f"CPU {stats.get('device_ordinal', 0)}"
-                    devices[device].append(_event(event, stats))
-    if not devices:
+                    processors[device].append(_event(event, stats))
+    if not devices and not processors:
         raise UserError(f"no operation of a device in the trace in {directory}")
-    return _Trace(dict(devices), sorted(steps), fills_gaps=not accelerated)
+    # By what ran: where libtpu is installed, a trace has a plane of a device, which is empty.
+    return _Trace(dict(devices or processors), sorted(steps), fills_gaps=not devices)
 
 
 def _event(event: Any, stats: dict[str, Any]) -> _Event:

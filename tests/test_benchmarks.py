@@ -571,8 +571,10 @@ def test_text_becomes_shards_at_a_rate(tmp_path: Path, text: Path):
     from gptjax.pretrained.tokenizer_files import write_tokenizer
     from gptjax.tokenizer import BPETokenizer
 
-    write_tokenizer(BPETokenizer.train([text.read_text()], 300), tmp_path / "tokenizer")
-    size = ("--tokenizer", tmp_path / "tokenizer", "--data", text, "--workers", 1)
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    write_tokenizer(BPETokenizer.train([text.read_text()], 300), tokenizer)
+    size = ("--tokenizer", tokenizer, "--data", text, "--workers", 1)
     small = ("--context-length", 8, "--batch-size", 2, "--batches", 5)
     values, _ = run("data", tmp_path, *size, *small)
     assert values["reading"]["1 file"]["batches_per_second"] > 0
