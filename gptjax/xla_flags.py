@@ -44,17 +44,21 @@ TPU: dict[str, str] = {
     # width that does not fill the matrix unit (200 of GPT-2 XL over 8 chips, 192 of GPT-3 over 64)
     # wastes up to a third of it. Larger operands, activations of a tensor group, still are.
     "--xla_jf_spmd_threshold_for_windowed_einsum_mib": "256",
-    # Gathers go on beside products, which a v5e's compiler does by default and a v5p's does not.
+    # Gathers go on beside products, which a v5e's compiler does by default and a v5p's does not: of
+    # the ten in the loops of Llama 3 8B on 32 v5p seven do, and none without. Left out are
+    # - gathering the next block's weights ahead of their block
+    #   (`--xla_tpu_enable_ici_ag_pipelining`, `--xla_tpu_enable_ag_backward_pipelining`): it holds
+    #   another block's weights (GPT-3 on 512 v5p 12.86 GiB instead of 11.96), and hides fewer, five
+    #   of those ten and five of nine of GPT-2 XL on eight v5e, instead of seven and six;
+    # - gathers beside attention's kernel
+    #   (`--xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call`): it hides one more of
+    #   GPT-2 XL's, but the compiler for a v5p, whose chips have two cores, ends the process in the
+    #   kernel's backward pass (libtpu 0.0.42).
     "--xla_enable_async_all_gather": "true",
     "--xla_tpu_enable_async_collective_fusion": "true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "--xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "--xla_tpu_overlap_compute_collective_tc": "true",
-    # And beside attention's kernel. Gathering the next block's weights ahead of their block
-    # (`--xla_tpu_enable_ici_ag_pipelining`, `--xla_tpu_enable_ag_backward_pipelining`) is left out:
-    # it holds another block's weights (GPT-3 on 512 v5p 12.86 GiB instead of 11.96), and hides six
-    # of the nine gathers of GPT-2 XL on eight v5e where the rest hides seven.
-    "--xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": "true",
 }
 """Of libtpu, by `LIBTPU_INIT_ARGS`."""
 
