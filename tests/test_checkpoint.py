@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from on_devices import xla_flags
 
 from gptjax import checkpoint
 from gptjax.checkpoint import (
@@ -100,9 +101,9 @@ def run_script(script: str, *arguments: Any, devices: int = 1, check: bool = Tru
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
+    return os.environ | flags | {"PYTHONPATH": paths}
 
 
 # What comes back.

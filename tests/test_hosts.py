@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from on_devices import xla_flags
 
 from gptjax import command_line, doctor, fitting, hosts
 from gptjax.checkpoint import find_checkpoint, read_metadata
@@ -118,7 +119,7 @@ def environment(compiled: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "NO_COLOR": "1",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": xla_flags(1),
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "GPTJAX_CACHE": str(compiled),
     }
