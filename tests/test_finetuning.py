@@ -194,7 +194,7 @@ def test_preferences_are_learned(tmp_path: Path, rng: np.random.Generator, comma
     (tmp_path / "pairs.json").write_text(json.dumps(records))
     status, out, error = command(
         "finetune_preferences", "--data", tmp_path / "pairs.json", "--out", tmp_path / "run",
-        "--steps", "30", "--context-length", "256", "--eval-items", "8", "--validation-items", "6",
+        "--steps", "60", "--context-length", "256", "--eval-items", "8", "--validation-items", "6",
         "--eval-every", "30", "--optimizer.learning-rate", "1e-2", *TINY,
     )  # fmt: skip
     assert (status, error) == (0, "")
