@@ -271,6 +271,47 @@ def test_a_peer_that_fails_leaves_the_others(
     assert json.loads((tmp_path / "a.json").read_text())["failed"] == report.extra["failed"]
 
 
+def test_generation_goes_on_without_its_peer(monkeypatch: pytest.MonkeyPatch):
+    generation = load("generation")
+    fails: tuple[str, str] = ("", "")
+
+    class Worker:
+        def __init__(self, build: Any, name: str, *_: Any, environment: Any = None):
+            self.name, self.calls = name, 0
+
+        def __enter__(self) -> "Worker":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+        def wait(self) -> None:
+            if fails == (self.name, "starting"):
+                raise generation.MeasurementError("ImportError")
+
+        def __call__(self) -> dict[str, float]:
+            self.calls += 1
+            if fails == (self.name, "running") and self.calls == 2:
+                raise generation.MeasurementError("it ended with status -11")
+            return {"rate": 2.0}
+
+    monkeypatch.setattr(generation, "Worker", Worker)
+    names = [generation.GPTJAX, generation.TRANSFORMERS]
+    turns = [{"rate": 2.0}] * 3
+    assert generation.measure(names, generation.Settings(), 8) == (dict.fromkeys(names, turns), {})
+    for when, reason in (("starting", "ImportError"), ("running", "it ended with status -11")):
+        fails = (generation.TRANSFORMERS, when)
+        found, failures = generation.measure(names, generation.Settings(), 8)
+        assert found == {generation.GPTJAX: turns}
+        assert failures == {generation.TRANSFORMERS: reason}
+        fails = (generation.GPTJAX, when)
+        with pytest.raises(generation.MeasurementError, match=reason):
+            generation.measure(names, generation.Settings(), 8)
+
+
 def test_a_process_that_dies_is_not_short_of_memory(
     monkeypatch: pytest.MonkeyPatch, model: Path, capsys: pytest.CaptureFixture[str]
 ):

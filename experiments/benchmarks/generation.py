@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from measuring import (
     Column,
+    MeasurementError,
     Report,
     Worker,
     in_turns,
     peak_memory,
     run_benchmark,
+    say,
     transformers_gpt2,
 )
 
@@ -173,6 +175,35 @@ def build(name: str, settings: Settings, batch: int | None) -> Callable[[], dict
     return measure
 
 
+def measure(
+    names: list[str], settings: Settings, batch: int | None
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, str]]:
+    """What each engine measured, by turn, and why a peer failed, by name.
+
+    Raises:
+        MeasurementError: if gptjax fails.
+    """
+    workers: dict[str, Worker] = {}
+    failures: dict[str, str] = {}
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            worker = Worker(build, name, settings, batch, environment=environment)
+            stack.enter_context(worker)
+            try:
+                worker.wait()
+            except MeasurementError as error:
+                if name == GPTJAX:
+                    raise
+                say(f"{name}: {error}")
+                failures[name] = error.reason
+                continue
+            workers[name] = worker
+        peers = set(workers) - {GPTJAX}
+        found = in_turns(workers, settings.turns, may_fail=peers, failures=failures)
+    return found, failures
+
+
 def device_memory(name: str) -> int:
     """The most memory that the engine has held: a GPU's own, or this process's."""
     if name == GPTJAX:
@@ -195,24 +226,21 @@ def main() -> None:
     report = Report(f"Greedy generation, {settings.model}, {settings.dtype}, {lengths}", settings)
     for batch in [*settings.batches, *([None] if settings.queue else [])]:
         task = f"queue of {settings.queue}" if batch is None else f"batch {batch}"
-        with contextlib.ExitStack() as stack:
-            environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            workers = {}
-            for name in names:
-                worker = Worker(build, name, settings, batch, environment=environment)
-                workers[name] = stack.enter_context(worker)
-                worker.wait()
-            found = in_turns(workers, settings.turns)
+        found, failures = measure(names, settings, batch)
         for name, turns in found.items():
             rates = [turn["rate"] for turn in turns]
             times = {"first_seconds": turns[0]["first"], "peak_bytes": turns[-1]["peak"]}
             report.add(f"{task}, {name}", tokens_per_second=rates, **times)
-        if both:
+        for name, reason in failures.items():
+            report.add(f"{task}, {name}", tokens_per_second="failed", note=reason)
+            report.notes.append(f"{task}: {name} failed, and is not compared with: {reason}")
+        if TRANSFORMERS in found:
             pairs = zip(found[GPTJAX], found[TRANSFORMERS], strict=True)
             ratios = [ours["rate"] / theirs["rate"] for ours, theirs in pairs]
             report.add(f"{task}, {GPTJAX}", ratio=ratios)
+        # After each: what follows may take long.
+        report.save(settings.json, settings.png, "tokens_per_second")
     report.show({"first_seconds": Column("first call s", 2)})
-    report.save(settings.json, settings.png, "tokens_per_second")
 
 
 if __name__ == "__main__":
