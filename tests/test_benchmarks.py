@@ -123,6 +123,19 @@ def run(name: str, tmp_path: Path, *args: object) -> tuple[dict[str, Any], str]:
     return values, done.stdout
 
 
+class StandIn:
+    """What a test's own measurement process need not do."""
+
+    def __enter__(self) -> "StandIn":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def test_training_measures_in_turns_with_its_peers(tmp_path: Path, model: Path, clone: Path):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -165,18 +178,9 @@ def test_the_first_way_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch, model
     training = load("training")
     asked = []
 
-    class Scarce:
+    class Scarce(StandIn):
         def __init__(self, _: Any, recipe: Any, environment: Any):
             self.recipe = recipe
-
-        def __enter__(self) -> "Scarce":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def close(self) -> None:
-            pass
 
         def wait(self) -> None:
             asked.append((self.recipe.accumulate, self.recipe.model.remat))
@@ -206,17 +210,11 @@ def test_a_peer_that_fails_leaves_the_others(
     training = load("training")
     closed, tried = [], []
 
-    class Worker:
+    class Worker(StandIn):
         """nanoGPT runs out of memory, then breaks in its second turn; transformers never starts."""
 
         def __init__(self, build: Any, recipe: Any, *_: Any, environment: Any = None):
             self.build, self.recipe, self.calls = build.__name__, recipe, 0
-
-        def __enter__(self) -> "Worker":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
 
         def close(self) -> None:
             closed.append(self.build)
@@ -275,18 +273,9 @@ def test_generation_goes_on_without_its_peer(monkeypatch: pytest.MonkeyPatch):
     generation = load("generation")
     fails: tuple[str, str] = ("", "")
 
-    class Worker:
+    class Worker(StandIn):
         def __init__(self, build: Any, name: str, *_: Any, environment: Any = None):
             self.name, self.calls = name, 0
-
-        def __enter__(self) -> "Worker":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def close(self) -> None:
-            pass
 
         def wait(self) -> None:
             if fails == (self.name, "starting"):
