@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -557,9 +558,19 @@ def test_a_part_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest
     part = gpu.Part("endless", "endless.py", (), 3)
     assert gpu.run_part(part, gpu.Settings(out=tmp_path), 3) == "ended after 3 s"
     child = int((tmp_path / "pid").read_text())
-    stat = Path(f"/proc/{child}/stat")
-    # Gone, or not yet collected by the process that all orphans are given to.
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+    def alive() -> bool:
+        try:
+            # A zombie is not yet collected by the process that all orphans are given to.
+            return Path(f"/proc/{child}/stat").read_text().split()[2] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    # A killed process takes a moment to end.
+    until = time.monotonic() + 30
+    while alive() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not alive()
 
 
 def test_a_run_is_timed_to_its_loss(tmp_path: Path, clone: Path, text: Path):
