@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from commands import REPOSITORY, Command
+from processes import all_end
 
 import gptjax
 from gptjax import command_line
@@ -557,20 +557,7 @@ def test_a_part_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(gpu, "HERE", tmp_path)
     part = gpu.Part("endless", "endless.py", (), 3)
     assert gpu.run_part(part, gpu.Settings(out=tmp_path), 3) == "ended after 3 s"
-    child = int((tmp_path / "pid").read_text())
-
-    def alive() -> bool:
-        try:
-            # A zombie is not yet collected by the process that all orphans are given to.
-            return Path(f"/proc/{child}/stat").read_text().split()[2] != "Z"
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-
-    # A killed process takes a moment to end.
-    until = time.monotonic() + 30
-    while alive() and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not alive()
+    assert all_end([int((tmp_path / "pid").read_text())])
 
 
 def test_a_run_is_timed_to_its_loss(tmp_path: Path, clone: Path, text: Path):

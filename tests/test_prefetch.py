@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import optax
 import pytest
+from processes import alive, all_end
 from small_models import GPT2
 
 from gptjax.config import preset
@@ -261,14 +262,6 @@ def run_script(tmp_path: Path, *given: str) -> subprocess.Popen[str]:
     )
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs (one that has ended and is not yet fetched does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("end", ["returns", "killed"])
 def test_workers_end_with_the_process(end: str, tmp_path: Path) -> None:
@@ -285,10 +278,7 @@ def test_workers_end_with_the_process(end: str, tmp_path: Path) -> None:
             # Python itself tells of semaphores that a killed process leaves to be removed.
             assert err == "" or end == "killed"
             assert process.returncode == (0 if end == "returns" else -signal.SIGKILL)
-            begin = time.perf_counter()
-            while any(map(alive, workers)) and time.perf_counter() - begin < 20:
-                time.sleep(0.05)
-            assert not any(map(alive, workers))
+            assert all_end(workers)
         finally:
             process.kill()
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from commands import Command
 from filelock import FileLock
+from processes import all_end
 from small_tokenizers import GPT2, TEXTS, WITHOUT_GPT2, fuzzed, llama_like
 
 from gptjax.data import (
@@ -346,7 +347,7 @@ def test_a_kill_leaves_what_is_refused_and_then_replaced(
             tokenize, source, out, tokenizer="bytes"
         )
         tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-        children = [child for path in tasks for child in path.read_text().split()]
+        children = [int(child) for path in tasks for child in path.read_text().split()]
         assert len(children) == 2
     finally:
         process.send_signal(signal.SIGKILL)
@@ -355,9 +356,7 @@ def test_a_kill_leaves_what_is_refused_and_then_replaced(
         message = error_of(call, out)
         assert "has no manifest.json" in message
         assert "repeat gptjax tokenize" in message
-    while any(Path(f"/proc/{pid}").exists() for pid in children):
-        assert time.monotonic() < deadline + 30, "workers outlive their parent"
-        time.sleep(0.05)
+    assert all_end(children), "workers outlive their parent"
     tokenize(source, out, tokenizer="bytes", workers=1)
     tokenize(source, tmp_path / "again", tokenizer="bytes", workers=1)
     assert files_of(out) == files_of(tmp_path / "again")
