@@ -23,10 +23,7 @@ from gptjax.model import forward
 from gptjax.optimizer import OptimizerConfig
 from gptjax.params import init_params
 from gptjax.planning import Plan, choose_remat, compiled, meshes, plan, programs
-from gptjax.planning.topology import (
-    Topology,
-    parse_topology,
-)
+from gptjax.planning.topology import Topology, parse_topology
 from gptjax.sharding import MESH_AXES
 from gptjax.training import make_train_step
 
