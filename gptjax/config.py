@@ -156,8 +156,9 @@ class ModelConfig:
             the first of these four that fits into the device's memory by the plan: `fit` and
             `gptjax plan` choose it, by batch, mesh and optimizer (`gptjax.planning.choose_remat`).
         scan_unroll: blocks laid out in a row per scan iteration; None chooses (all of them in a
-            shallow model, which XLA then schedules better; one otherwise, so that compile time
-            does not grow with depth).
+            shallow model, up to 6, on a CPU up to 12 where nothing is recomputed, which XLA then
+            schedules better; one otherwise, so that compile time does not grow with depth).
+            Blocks in a row save no memory by `remat` on a CPU.
         pipeline_microbatches: parts that a batch passes through the stages of a mesh in, a divisor
             of each device's rows. None is the largest up to four times the number of stages, with
             which a fifth of the time at most is spent filling and emptying them.

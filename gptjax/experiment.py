@@ -14,6 +14,7 @@ from gptjax.errors import UserError
 from gptjax.fitting import FitResult, fit
 from gptjax.loss import LossOptions
 from gptjax.optimizer import OptimizerConfig
+from gptjax.params import count_params
 from gptjax.sharding import check_batch, data_mesh, make_mesh, parse_mesh
 
 
@@ -45,7 +46,8 @@ class Experiment:
         wandb: A Weights & Biases project to log to.
         mesh: How devices share the work: sizes such as "fsdp=4,tensor=2", or "dp", "fsdp", "tp",
             "fsdp+tp", "context", "expert" or "stage"; "auto" chooses by what the model needs.
-            Without it each batch is split over all that divide it.
+            Without it each batch is split over all that divide it; not over a CPU's cores where the
+            model is large for it.
         require: What must be there to train on: gpu, tpu or cpu.
         coordinator: HOST:PORT of process 0, where a run has several. Not needed, nor are the next
             two, under Slurm, Open MPI and on Cloud TPU.
@@ -164,4 +166,5 @@ def replicas(experiment: Experiment) -> Mesh | None:
                 f"devices of {jax.process_count()} processes"
             )
         return make_mesh(data=-1)
-    return data_mesh(max(rows, 1), at_once * experiment.model.context_length)
+    model = experiment.model
+    return data_mesh(max(rows, 1), at_once * model.context_length, count_params(model))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from gptjax.adapters import LoRA
+from gptjax.adapters import LoRA, trainable_specs
 from gptjax.batching import generate_texts
 from gptjax.config import ModelConfig, preset
 from gptjax.data.examples import encode_chat_example, encode_example
@@ -26,7 +26,7 @@ from gptjax.fitting import fit
 from gptjax.loss import Objective, loss_sums
 from gptjax.model import Model
 from gptjax.optimizer import OptimizerConfig
-from gptjax.params import Params, init_params
+from gptjax.params import Params, count_specs, init_params
 from gptjax.preferences import DPO, Preference, PreferenceLoader
 from gptjax.pretrained.loading import load
 from gptjax.reporting import Progress
@@ -81,7 +81,8 @@ class FineTuning:
         eval_every: Steps between evaluations of the validation loss; None is a quarter of the run.
         checkpoint_every: Steps between checkpoints; None is a quarter of the run.
         mesh: How devices share the training: sizes such as "fsdp=4,tensor=2"; without it each
-            batch is split over all that divide it.
+            batch is split over all that divide it; not over a CPU's cores where what is trained is
+            large for it.
         require: What must be there to train on: gpu, tpu or cpu.
         scratch: The shape of a model from scratch. Its vocabulary is the tokenizer's.
         optimizer: The optimizer and its schedule.
@@ -386,7 +387,8 @@ def _train(
     mesh = None if settings.mesh is None else parse_mesh(settings.mesh)
     if mesh is None:
         at_once = settings.batch_size // max(settings.accumulate, 1)
-        mesh = data_mesh(max(at_once, 1), at_once * settings.context_length)
+        trained = count_specs(trainable_specs(model.config, _lora(settings)))
+        mesh = data_mesh(max(at_once, 1), at_once * settings.context_length, trained)
     quarter = max(settings.steps // 4, 1)
     result = fit(
         model.config.replace(dropout=settings.dropout),

@@ -432,20 +432,21 @@ def project_qkv(
     """Queries `[B, T, H, C]`, keys and values `[B, T, K, C]`."""
     B, T, _ = x_BTD.shape
     H, K, C = config.num_heads, config.kv_heads, config.head_width
-    adapted = {name: x for name, x in params.items() if isinstance(x, LowRank) and name in _QKV}
+    names = ("query", "key", "value")
+    if "qkv" not in params and (platform() == "tpu" or axis_parts("embed") > 1):
+        # Each gradient is scattered over devices as it comes, where parts of a joined one would
+        # first be summed everywhere, and each kernel's gather has the product before it to go on
+        # beside. A TPU would lay out the joined result anew for attention's kernel, and for its
+        # own product the gradients that come from there.
+        q, k, v = (linear(x_BTD, params[name], params.get(f"{name}_bias")) for name in names)
+        return q, k, v
+    adapted = {name: x for name, x in params.items() if isinstance(x, LowRank) and name in names}
     params = params | {name: x.kernel for name, x in adapted.items()}
     if "qkv" in params:
         kernel, bias = params["qkv"], params.get("qkv_bias")
     else:
         kernel, bias = join_qkv(params, config)
-    # Rounded kernels have no gradients, for whose sake the others are multiplied apart.
-    if "qkv" in params or axis_parts("embed") == 1 or isinstance(kernel, Int8):
-        qkv_BTKNC = linear(x_BTD, kernel, bias)
-    else:
-        kernels = tuple(params[name] for name in _QKV)
-        qkv_BTKNC = checkpoint_name(_joined_product(x_BTD, kernels, config), "product")
-        if bias is not None:
-            qkv_BTKNC = qkv_BTKNC + along_last(bias.astype(x_BTD.dtype), qkv_BTKNC)
+    qkv_BTKNC = linear(x_BTD, kernel, bias)
     qkv_BTKNC = constrain(qkv_BTKNC, "batch", "sequence", "kv_heads", None, "head")
     # A split, whose gradient is one concatenation; three slices would be padded and added.
     q, k, v = jax.lax.split(qkv_BTKNC, (H // K, 1, 1), axis=3)
@@ -454,55 +455,6 @@ def project_qkv(
     for name, kernel in adapted.items():
         parts[name] = parts[name] + low_rank_product(x_BTD, kernel)
     return parts["query"], parts["key"], parts["value"]
-
-
-_QKV = ("query", "key", "value")
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _joined_product(
-    x_BTD: jax.Array, kernels: tuple[jax.Array, ...], config: ModelConfig
-) -> jax.Array:
-    """x times the joined kernels, where each lies split over its inputs.
-
-    One product forward and one for x's gradient, as for a joined kernel, but a product for each
-    kernel's gradient: these are scattered over devices as they come, where slices of a joined one
-    are first summed everywhere.
-    """
-    return _joined_product_forward(x_BTD, kernels, config)[0]
-
-
-def _joined_matrix(kernels: tuple[jax.Array, ...], config: ModelConfig, dtype: Any) -> jax.Array:
-    kernel_DKNC, _ = join_qkv(dict(zip(_QKV, kernels, strict=True)), config)
-    return as_matrix(kernel_DKNC, 1).astype(dtype)
-
-
-def _joined_product_forward(x_BTD: jax.Array, kernels: tuple[jax.Array, ...], config: ModelConfig):
-    K, N = config.kv_heads, config.num_heads // config.kv_heads + 2
-    kernel_DO = _joined_matrix(kernels, config, x_BTD.dtype)
-    qkv_BTKNC = _matmul(x_BTD, kernel_DO).reshape(*x_BTD.shape[:2], K, N, -1)
-    return qkv_BTKNC, (x_BTD, kernels)
-
-
-def _joined_product_backward(
-    config: ModelConfig,
-    residuals: tuple[jax.Array, tuple[jax.Array, ...]],
-    grad_BTKNC: jax.Array,
-):
-    x_BTD, kernels = residuals
-    kernel_DO = _joined_matrix(kernels, config, x_BTD.dtype)
-    grad_BTO = as_matrix(grad_BTKNC, 2).reshape(*x_BTD.shape[:2], -1)
-    grad_x = jax.lax.dot_general(grad_BTO, kernel_DO, (((2,), (1,)), ((), ())))
-    parts = jax.lax.split(grad_BTKNC, (config.num_heads // config.kv_heads, 1, 1), axis=3)
-    grads = [jnp.einsum("btd,btknc->dknc", x_BTD, part) for part in parts]
-    shaped = (
-        grad.reshape(kernel.shape).astype(kernel.dtype)
-        for grad, kernel in zip(grads, kernels, strict=True)
-    )
-    return grad_x, tuple(shaped)
-
-
-_joined_product.defvjp(_joined_product_forward, _joined_product_backward)
 
 
 def mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
@@ -909,7 +861,12 @@ def scan_unroll(config: ModelConfig) -> int:
     """Blocks per iteration of the scan over layers."""
     if config.scan_unroll is not None:
         return min(config.scan_unroll, config.num_layers)
-    return config.num_layers if config.num_layers <= 6 else 1
+    shallow = 6
+    if platform() == "cpu":
+        # It copies what the backward pass needs into the scan's stacks; without, GPT-2's step is a
+        # seventh shorter. But of blocks in a row its compiler keeps what was to be computed again.
+        shallow = 12 if config.remat in ("none", "auto") else 0
+    return config.num_layers if config.num_layers <= shallow else 1
 
 
 def rematerialized(body: Any, config: ModelConfig) -> Any:

@@ -50,6 +50,8 @@ PRESETS = ("dp", "fsdp", "tp", "fsdp+tp", "context", "expert", "stage")
 
 TOKENS_PER_CORE = 256
 """The fewest tokens of a step for which another core of a CPU is used as a device."""
+PARAMS_PER_TOKEN = 10_000
+"""The most parameters for each token of a step with which a CPU's cores are used as devices."""
 
 
 def make_mesh(
@@ -187,16 +189,18 @@ def _parsed_axes(text: str) -> dict[str, int]:
     return sizes
 
 
-def data_mesh(rows: int, tokens: int) -> Mesh | None:
+def data_mesh(rows: int, tokens: int, params: int = 0) -> Mesh | None:
     """A mesh of replicas for steps over batches.
 
     It takes as many of the devices as divide the rows. Where these are a CPU's cores (see
     `gptjax.devices.cores_as_devices`), each is to have some hundred tokens, since narrow products
-    waste more than the further core gives.
+    waste more than the further core gives; and a large model on few tokens stays on one, which has
+    the help of all cores in its products: replicas would each hold its gradient and update it all.
 
     Args:
         rows: what the rows of every batch are a multiple of.
         tokens: of a step, in all rows together.
+        params: how many are trained.
 
     Returns:
         The mesh, or None where one device is to do all.
@@ -204,7 +208,7 @@ def data_mesh(rows: int, tokens: int) -> Mesh | None:
     devices = jax.devices()
     most = len(devices)
     if devices[0].platform == "cpu":
-        most = min(most, tokens // TOKENS_PER_CORE)
+        most = min(most, tokens // TOKENS_PER_CORE) if params <= PARAMS_PER_TOKEN * tokens else 1
     count = max((n for n in range(1, most + 1) if rows % n == 0), default=1)
     return make_mesh(data=count, devices=devices[:count]) if count > 1 else None
 

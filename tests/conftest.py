@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import collections
 import sys
 from collections.abc import Iterator
 
@@ -9,6 +10,17 @@ import pytest
 from commands import Command, script
 
 from gptjax import cli, command_line
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests come first.
+
+    Of workers that take whole files, in this order, none has a long one left when the others are
+    done.
+    """
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture

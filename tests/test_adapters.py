@@ -345,7 +345,8 @@ def test_a_run_resumes_and_loads(
         np.testing.assert_array_equal(flat(loaded.params)[path], leaf, err_msg=path)
     loss = float(loss_fn(loaded.params, data[100], GPT2)[0])
     assert straight.val_loss == pytest.approx(loss, rel=1e-5)
-    assert loss != pytest.approx(float(loss_fn(params, data[100], GPT2)[0]), rel=1e-3)
+    # By more than the line above lets pass; how much six steps on other tokens change it is chance.
+    assert loss != pytest.approx(float(loss_fn(params, data[100], GPT2)[0]), rel=3e-5)
 
     # Another base is refused, by name where it is given and on resuming.
     other = Model(GPT2, jax.tree.map(lambda x: x + 0.01, params))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import REPOSITORY, Command, script
+from on_devices import run_alone
 
 import gptjax
 from gptjax import fitting
@@ -271,3 +272,21 @@ def test_importing_costs_little_more_than_jax(tmp_path: Path):
     rounds = [(seconds("jax"), seconds("jax, gptjax")) for _ in range(4)]
     of_jax, of_both = (min(column) for column in zip(*rounds, strict=True))
     assert of_both <= 1.3 * of_jax, rounds
+
+
+REPLICAS = """
+from gptjax.config import preset
+from gptjax.experiment import Experiment, replicas
+from gptjax.sharding import mesh_devices
+
+model = preset("gpt2")
+for rows, accumulate in (12, 1), (16, 1), (16, 2):
+    sizes = {"batch_size": rows, "accumulate": accumulate}
+    mesh = replicas(Experiment(preset="", out="", model=model, **sizes))
+    print(len(mesh_devices(mesh)))
+"""
+
+
+def test_a_model_that_is_large_for_its_batch_stays_on_one_core(tmp_path: Path) -> None:
+    # 124 million parameters, and 12 or 16 thousand tokens at once.
+    assert run_alone(REPLICAS, tmp_path, devices=2).split() == ["1", "2", "1"]

@@ -384,6 +384,17 @@ def test_records_of_tfds_are_taken(rng: np.random.Generator):
     assert (task.train[0].answers, task.test[0].answers) == (("positive",), ("negative",))
 
 
+def made_up(shots: int = 0) -> finetuning.Measured:
+    """Figures of twelve items that nothing was measured for."""
+    return finetuning.Measured({"accuracy": mean([1.0, 0.0])}, [1.0] * 12, ["x"] * 12, [shots] * 12)
+
+
+def fitted(*_: Any, out: str, params: Any, **__: Any) -> Any:
+    """In place of `fit`: the parameters as they were."""
+    Path(out).mkdir()
+    return SimpleNamespace(finished=True, params=params)
+
+
 def test_only_the_training_items_are_learned_and_shown(
     tmp_path: Path, data: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ):
@@ -392,16 +403,11 @@ def test_only_the_training_items_are_learned_and_shown(
     def measured(model: Model, task: Task, items: Any, shots: Any, settings: Any) -> Any:
         seen["measured"] += items
         seen["shots"].append(list(shots))
-        accuracy = {"accuracy": mean([1.0, 0.0])}
-        return finetuning.Measured(accuracy, [1.0] * 12, ["x"] * 12, [len(shots)] * 12)
+        return made_up(len(shots))
 
     def encoded(tokenizer: Any, task: Task, item: Item, *args: Any, **kwargs: Any) -> Any:
         seen["encoded"].append(item)
         return encode_item(tokenizer, task, item, *args, **kwargs)
-
-    def fitted(*_: Any, out: str, params: Any, **__: Any) -> Any:
-        Path(out).mkdir()
-        return SimpleNamespace(finished=True, params=params)
 
     monkeypatch.setattr(finetuning, "measure", measured)
     monkeypatch.setattr(finetuning, "encode_item", encoded)
@@ -415,6 +421,27 @@ def test_only_the_training_items_are_learned_and_shown(
     assert learned
     assert not test & learned
     assert shown <= learned
+
+
+def test_devices_are_chosen_by_what_is_trained(
+    tmp_path: Path, data: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[int, int, int]] = []
+    whole: list[int] = []
+
+    def counted(*args: Any, params: Any, **options: Any) -> Any:
+        whole.append(sum(x.size for x in jax.tree.leaves(params)))
+        return fitted(*args, params=params, **options)
+
+    monkeypatch.setattr(finetuning, "measure", lambda *_: made_up())
+    monkeypatch.setattr(finetuning, "fit", counted)
+    monkeypatch.setattr(finetuning, "data_mesh", lambda *sizes: asked.append(sizes))
+    for rank in 0, 2:
+        sizes = ("--lora-rank", rank, "--context-length", 64, "--accumulate", 2)
+        run(command, "finetune_sentiment", data / "sst", tmp_path / f"{rank}", *sizes)
+    # Of one block 16 wide: queries, keys, values and outputs, and the two of the hidden layer.
+    low_rank = 2 * (4 * (16 + 16) + 2 * (16 + 64))
+    assert asked == [(2, 128, whole[0]), (2, 128, low_rank)]
 
 
 # What is measured

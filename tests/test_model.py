@@ -1,6 +1,7 @@
 """The model as a function: what may see what, and what may not change the values."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.layouts import unstack_blocks
 from gptjax.loss import loss_fn
-from gptjax.model import dropout, embed, forward
+from gptjax.model import dropout, embed, forward, scan_unroll
 from gptjax.params import Params, init_params
 
 CONFIGS = {
@@ -193,6 +194,38 @@ def test_how_it_is_computed_changes_nothing(
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     unstacked = unstack_blocks(grads, config)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-5), unstacked, other_grads)
+
+
+def lowered_gradient(config: ModelConfig, rows: int) -> Any:
+    """The program of a gradient, from shapes alone."""
+    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((rows, config.context_length), jnp.int32)
+    grad = jax.grad(lambda params, tokens: forward(params, tokens, config).sum())
+    return jax.jit(grad).lower(params, tokens)
+
+
+def test_shallow_models_have_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loops(layers: int) -> int:
+        program = lowered_gradient(GPT2.replace(num_layers=layers), rows=1)
+        return program.as_text().count("stablehlo.while")
+
+    assert loops(12) == 0
+    assert loops(13) == 2
+    monkeypatch.setattr("gptjax.model.platform", lambda: "gpu")
+    assert [scan_unroll(GPT2.replace(num_layers=n)) for n in (6, 7, 12)] == [6, 1, 1]
+
+
+@pytest.mark.parametrize("layers", [4, 12])
+def test_remat_saves_memory(layers: int) -> None:
+    def scratch(remat: Any) -> int:
+        config = GPT2.replace(num_layers=layers, context_length=64, remat=remat)
+        analysis = lowered_gradient(config, rows=16).compile().memory_analysis()
+        assert analysis is not None
+        return int(analysis.temp_size_in_bytes)
+
+    none, dots, full = (scratch(remat) for remat in ("none", "dots", "full"))
+    assert full < dots < none
+    assert full < 0.6 * none
 
 
 def test_remat_recomputes() -> None:

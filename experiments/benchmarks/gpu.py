@@ -101,7 +101,8 @@ def parts(settings: Settings) -> list[Part]:
 
     first = ("--first-that-fits", "True")
     trace = ("--profile", str(settings.out / "trace-gpt2"))
-    remat = ("--remat", "none", "dots", "full")
+    remat = ("--remat", "none", "full") if small else ("--remat", "none", "dots", "full")
+    unroll = ("--scan-unroll", "1", "2") if small else ("--scan-unroll", "1", "4", "12")
     data = () if settings.data is None else ("--data", str(settings.data.resolve()))
     goal = ("--target", str(NANOGPT_LOSS))
     tiny = ("--tiny", "True", "--steps", "4", "--eval-every", "2") if small else ()
@@ -150,7 +151,7 @@ def parts(settings: Settings) -> list[Part]:
         Part(
             "unroll",
             "training.py",
-            training("gpt2", 480, "30", "--scan-unroll", "1", "4", "12"),
+            training("gpt2", 480, "30", *unroll),
             400,
             essential=False,
         ),

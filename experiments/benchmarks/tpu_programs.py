@@ -7,7 +7,8 @@
 prints a table in Markdown, a row for each target, each compiled in a process of its own. The
 matrix products of the compiled program are counted in its text, loops by their length, those of
 attention's kernel in the trace; both, and the model's own, count all pairs of tokens, though the
-kernel leaves out the blocks above the diagonal.
+kernel leaves out the blocks above the diagonal. Cycles are those that the compiler reckons for all
+operations of a device but kernels and collectives that are waited for.
 """
 
 import json
@@ -77,9 +78,11 @@ COLUMNS: dict[str, Any] = {
     "of all": lambda row: f"{row['logits_share']:.0%}",
     "padding": lambda row: f"{row['padding']:.1%}",
     "by the mesh": lambda row: f"{row['added_padding']:.1%}",
+    "cycles": lambda row: f"{row['cycles']:.3e}",
     "gathers in loops, overlapped": lambda row: (
         f"{row['loop_gathers_overlapped']} of {row['loop_gathers']}"
     ),
+    "of their bytes": lambda row: f"{row['loop_gathers_share']:.0%}",
 }
 
 

@@ -46,7 +46,7 @@ from gptjax.config import ComputeDtype, ModelConfig
 from gptjax.devices import has_nvidia
 from gptjax.errors import UserError
 from gptjax.optimizer import OptimizerConfig
-from gptjax.params import flops_per_token
+from gptjax.params import count_params, flops_per_token
 from gptjax.planning.inputs import read_model
 
 GPTJAX, NANOGPT, TRANSFORMERS = "gptjax", "nanoGPT", "transformers"
@@ -72,7 +72,7 @@ class Settings:
         dtype: Of matrix work; of peers "auto" is bfloat16 on a GPU.
         clip_norm: The gradient's largest norm; None does not clip.
         mesh: How gptjax shares the batch among devices, as in the training scripts; None is each
-            device with its share.
+            device with its share, or one of a CPU's where the model is large for the batch.
         scan_unroll: Blocks in a row for each turn of the loop over blocks. Each number is a row.
         remat: What the backward pass recomputes. Each is a row.
         first_that_fits: Whether to stop at the first of the rows that the memory is enough for;
@@ -282,9 +282,10 @@ def gptjax_run(recipe: Recipe) -> Run:
     config = recipe.model
     at_once = recipe.batch_size // recipe.accumulate
     rows = math.gcd(at_once, recipe.rows) if recipe.rows else at_once
-    mesh = (
-        parse_mesh(recipe.mesh) if recipe.mesh else data_mesh(rows, at_once * config.context_length)
-    )
+    if recipe.mesh:
+        mesh = parse_mesh(recipe.mesh)
+    else:
+        mesh = data_mesh(rows, at_once * config.context_length, count_params(config))
     optimizer = make_optimizer(recipe.optimizer, config, 10_000)
     state = init_state(config, optimizer, jax.random.key(0), mesh)
     train_step: Any = make_train_step(config, optimizer, mesh, accumulate=recipe.accumulate)

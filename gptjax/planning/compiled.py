@@ -14,6 +14,7 @@ from gptjax.errors import UserError
 from gptjax.planning.estimate import Layout
 from gptjax.planning.programs import (
     Collective,
+    count_cycles,
     count_flops,
     count_operations,
     largest_array,
@@ -46,6 +47,7 @@ class CompiledStep:
         logits_bytes: of the largest array with the vocabulary in it, or a device's share of it,
             that is no table of vectors.
         operations: how long the program's text is.
+        cycles: that the compiler reckons for a step on a device, see `programs.count_cycles`.
         collectives: what goes over the network.
     """
 
@@ -59,6 +61,7 @@ class CompiledStep:
     added_padding: float | None = None
     logits_bytes: int | None = None
     operations: int | None = None
+    cycles: int | None = None
     collectives: list[Collective] | None = None
 
 
@@ -114,6 +117,7 @@ def compile_step(
         added_padding=max(0.0, 1 - own / (products.tiled * target.devices)) if known else None,
         logits_bytes=_logits_bytes(text, layout),
         operations=count_operations(text),
+        cycles=count_cycles(text),
         collectives=collectives,
     )
 

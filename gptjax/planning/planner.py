@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gptjax.config import ModelConfig, Remat
 from gptjax.devices import compute_dtype
@@ -32,6 +32,17 @@ if TYPE_CHECKING:
 DAY = 86_400
 TRIES = 4
 """Steps that a plan compiles at most until one fits."""
+
+
+class LoopGathers(NamedTuple):
+    """The all-gathers inside a program's loops, and how many of them go on beside computation."""
+
+    overlapped: int
+    """How many do."""
+    number: int
+    """How many there are."""
+    share: float
+    """Of the bytes that they send in a step, what those send that do, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class Plan:
         added_padding: see `CompiledStep`; None as for `program_flops_per_token`.
         logits_bytes: see `CompiledStep`, on a device.
         operations: see `CompiledStep`.
+        cycles: see `CompiledStep`.
         traffic: bytes that a chip sends in a step: kind of collective -> mesh axes -> bytes.
         collectives: the compiled program's, see `Collective`.
         bounds: seconds of a step at least.
@@ -102,6 +114,7 @@ class Plan:
     added_padding: float | None
     logits_bytes: int | None
     operations: int | None
+    cycles: int | None
     traffic: dict[str, dict[str, float]]
     bounds: Bounds
     mfu: tuple[float, float]
@@ -111,11 +124,13 @@ class Plan:
     collectives: tuple[Collective, ...] = field(default=(), repr=False)
 
     @property
-    def loop_gathers(self) -> tuple[int, int]:
-        """All-gathers of a megabyte and more inside loops: those overlapped, and all."""
+    def loop_gathers(self) -> LoopGathers:
+        """All-gathers of a megabyte and more inside loops."""
         found = [c for c in self.collectives if c.in_loop and c.kind == "all-gather"]
         found = [c for c in found if c.bytes >= 2**20]
-        return sum(c.overlapped for c in found), len(found)
+        beside = [c for c in found if c.overlapped]
+        sent, beside_sent = (sum(c.sent for c in some) for some in (found, beside))
+        return LoopGathers(len(beside), len(found), beside_sent / sent if sent else 0.0)
 
     @property
     def fits(self) -> bool | None:
@@ -152,8 +167,9 @@ class Plan:
         }
         return values | {
             "fits": self.fits,
-            "loop_gathers_overlapped": self.loop_gathers[0],
-            "loop_gathers": self.loop_gathers[1],
+            "loop_gathers_overlapped": self.loop_gathers.overlapped,
+            "loop_gathers": self.loop_gathers.number,
+            "loop_gathers_share": self.loop_gathers.share,
             "batch_tokens": self.batch * self.context,
             "compute_seconds_bound": self.bounds.compute,
             "memory_seconds_bound": self.bounds.memory,
@@ -367,6 +383,7 @@ def _plan(
         added_padding=compiled.added_padding,
         logits_bytes=compiled.logits_bytes,
         operations=compiled.operations,
+        cycles=compiled.cycles,
         traffic={
             kind: {axes: sent * chip.devices for axes, sent in by_axes.items()}
             for kind, by_axes in by_kind.items()

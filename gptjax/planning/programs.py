@@ -325,6 +325,29 @@ def count_operations(text: str) -> int:
     return sum(len(lines) for lines in _computations(text).values())
 
 
+def count_cycles(text: str) -> int | None:
+    """How many cycles the TPU's compiler reckons that its operations take on a device.
+
+    Kernels, which it does not see into, and collectives that nothing goes on beside are not in it.
+
+    Args:
+        text: the optimized HLO (`compiled.as_text()`).
+
+    Returns:
+        Cycles, loops by their length; None for other compilers, which note none.
+    """
+    computations = _computations(text)
+    times, _ = _executions(computations)
+    found = [
+        times[name] * int(cycles)
+        for name, lines in computations.items()
+        if name in times
+        for line in lines
+        for cycles in re.findall(r'"estimated_cycles":"(\d+)"', line)
+    ]
+    return sum(found) if found else None
+
+
 def bytes_by_kind(collectives: list[Collective]) -> dict[str, dict[str, float]]:
     """Bytes that a device sends in a step: kind -> mesh axes ("fsdp", "data × fsdp") -> bytes."""
     totals: dict[str, dict[str, float]] = {}

@@ -42,11 +42,14 @@ def plan_table(plan: "Plan") -> str:
     if plan.padding is not None and plan.added_padding is not None:
         split = f"{plan.padding:.1%}, of which by the mesh {plan.added_padding:.1%}"
         rows.append(("  in empty parts of tiles", split))
+    if plan.cycles is not None:
+        rows.append(("cycles, by the compiler", f"{plan.cycles:.3e} (without kernels and waiting)"))
     if plan.logits_bytes:
         rows.append(("largest logits at once", _gib(plan.logits_bytes)))
-    overlapped, gathers = plan.loop_gathers
+    overlapped, gathers, share = plan.loop_gathers
     if gathers:
-        rows.append(("gathers in loops", f"{overlapped} of {gathers} beside computation"))
+        beside = f"{overlapped} of {gathers} beside computation, {share:.0%} of their bytes"
+        rows.append(("gathers in loops", beside))
     rows += [("", ""), ("sent a chip and step", "")]
     sent = [
         (f"  {kind} over {axes}", f"{number / _GIB:9.3f} GiB")
