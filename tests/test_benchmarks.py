@@ -571,12 +571,25 @@ def test_a_run_is_timed_to_its_loss(tmp_path: Path, clone: Path, text: Path):
     assert row["train_seconds"] == pytest.approx(4 * 0.04)
 
 
+@pytest.mark.parametrize("small", [False, True])
+def test_every_part_has_flags_that_its_script_knows(small: bool, tmp_path: Path, clone: Path):
+    gpu = load("gpu")
+    for part in gpu.parts(gpu.Settings(out=tmp_path, nanogpt=clone, data=clone, small=small)):
+        settings = load(part.script.removesuffix(".py")).Settings
+        given = [*part.flags, "--json", str(tmp_path / "x.json")]
+        assert command_line.parse_flags(settings, None, "", given).json.name == "x.json"
+
+
 @pytest.mark.slow
-def test_all_that_a_gpu_is_measured_by_runs_small(tmp_path: Path, clone: Path, text: Path):
+def test_what_a_gpu_is_measured_by_runs_small(tmp_path: Path, clone: Path, text: Path):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     out = tmp_path / "out"
-    args = ("--nanogpt", clone, "--data", text, "--all", "True", "--seconds", 3000)
+    args = ("--nanogpt", clone, "--data", text, "--seconds", 3000)
+    # The essential ones and those that no other test runs.
+    parts = load("gpu").parts(load("gpu").Settings(out=out))
+    names = [part.name for part in parts if part.essential] + ["start-up", "loading"]
+    args += ("--only", *names)
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "gpu.py", "--small", "True", "--out", out, *map(str, args)],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "GPTJAX_CACHE": str(tmp_path / "cache")},
@@ -586,6 +599,7 @@ def test_all_that_a_gpu_is_measured_by_runs_small(tmp_path: Path, clone: Path, t
     )
     assert done.returncode == 0, done.stderr
     states = json.loads((out / "parts.json").read_text())["parts"]
+    assert set(states) == set(names)
     failed = {name: state for name, state in states.items() if state["state"] != "done"}
     assert not failed, failed
     report = json.loads((out / "report.json").read_text())

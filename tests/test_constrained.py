@@ -229,7 +229,7 @@ TOKENIZERS = [
     ByteTokenizer(),
     chat_like(),
     llama_like(),
-    llama_like(metaspace=True),
+    METASPACE := llama_like(metaspace=True),
     CharTokenizer.from_text(
         "".join(PATTERNS) + "abcdehimnorsty0123456789" + " \n日本é🙂<|endoftext|>"
     ),
@@ -427,7 +427,9 @@ def check_spellings(tokenizer: Tokenizer, text: str, inside: list[bytes] | None 
     size = tokenizer.vocab_size
     inside = inside or module._spellings(tokenizer, size, begins=False)
     first = module._spellings(tokenizer, size, begins=True)
-    assert b"".join([*(first[i] for i in ids[:1]), *(inside[i] for i in ids[1:])]).decode() == text
+    joined = b"".join([*(first[i] for i in ids[:1]), *(inside[i] for i in ids[1:])]).decode()
+    # A text that begins with a space has the ids of one without, where the pre-tokenizer puts it.
+    assert joined == (text.removeprefix(" ") if tokenizer is METASPACE else text)
 
 
 def test_a_stop_token_ends_a_text_only_where_it_matches(rng: np.random.Generator) -> None:

@@ -172,7 +172,11 @@ def test_some_meshes_equal_one_device(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["optax.sgd(0.05, momentum=0.0)", "optax.adamw(1e-3)"])
+# Adam's first step is a gradient's sign, to which rounding is all where a gradient is near zero:
+# with its own 1e-8 single elements came to 1.01e-5 in some runs.
+@pytest.mark.parametrize(
+    "optimizer", ["optax.sgd(0.05, momentum=0.0)", "optax.adamw(1e-3, eps=1e-6)"]
+)
 @pytest.mark.parametrize(
     ("config", "meshes"),
     [(DENSE, DENSE_MESHES), (EXPERTS, EXPERT_MESHES)],
