@@ -97,11 +97,9 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         self._pipe.close()
-        self._process.terminate()
-        self._process.join(5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        # SIGTERM would have libraries print where the process was.
+        self._process.kill()
+        self._process.join()
 
     def _answer(self) -> Any:
         if not self._pipe.poll(MEASUREMENT_SECONDS):
