@@ -25,6 +25,10 @@ LOGITS_AT_ONCE_GPU = 2**28
 """As `LOGITS_AT_ONCE`, on a GPU. After each block the output matrix's gradient is read, added to
 and written in float32: with GPT-2's vocabulary and width 300 MB, more than a block of 2**26."""
 
+_WORTH_TURNING = 2**22
+"""Elements of a block of logits on a CPU, from which on their gradient is not to be turned. Smaller
+ones keep the derivatives that JAX knows, forward-mode ones among them."""
+
 TPU_TILE = 256
 """The width of the widest TPU's matrix unit."""
 
@@ -326,17 +330,22 @@ def _logits(x_BtD: jax.Array, kernel_VD: jax.Array) -> jax.Array:
     """The product in float32, whose own gradient is of the inputs' dtype.
 
     The gradient of float32 logits is float32, and two thirds of the loss's work would be products
-    of that: at half the rate of a GPU's bfloat16, and over twice the bytes.
+    of that: at half the rate of a GPU's bfloat16, and over twice the bytes. On a CPU the matrix's
+    gradient would be the product of the logits' gradient, turned, which costs more than to turn
+    what comes out.
     """
-    product = _logits_product if x_BtD.dtype == jnp.float32 else _logits_in_low_precision
-    return product(x_BtD, kernel_VD)
+    low_precision = x_BtD.dtype != jnp.float32
+    elements = math.prod(x_BtD.shape[:2]) * kernel_VD.shape[0]
+    if low_precision or (platform() == "cpu" and elements >= _WORTH_TURNING):
+        return _logits_by_hand(x_BtD, kernel_VD)
+    return _logits_product(x_BtD, kernel_VD)
 
 
 def _logits_product(x_BtD: jax.Array, kernel_VD: jax.Array) -> jax.Array:
     return jnp.einsum("btd,vd->btv", x_BtD, kernel_VD, preferred_element_type=jnp.float32)
 
 
-_logits_in_low_precision = jax.custom_vjp(_logits_product)
+_logits_by_hand = jax.custom_vjp(_logits_product)
 
 
 def _logits_forward(x_BtD: jax.Array, kernel_VD: jax.Array):
@@ -347,10 +356,12 @@ def _logits_backward(residuals: tuple[jax.Array, jax.Array], grad_BtV: jax.Array
     x_BtD, kernel_VD = residuals
     grad_BtV = grad_BtV.astype(x_BtD.dtype)
     grad_x = jnp.einsum("btv,vd->btd", grad_BtV, kernel_VD)
+    if platform() == "cpu":
+        return grad_x, jnp.einsum("btd,btv->dv", x_BtD, grad_BtV).T
     return grad_x, jnp.einsum("btv,btd->vd", grad_BtV, x_BtD)
 
 
-_logits_in_low_precision.defvjp(_logits_forward, _logits_backward)
+_logits_by_hand.defvjp(_logits_forward, _logits_backward)
 
 
 def _recomputed_sums(

@@ -176,6 +176,26 @@ def test_what_is_padded_for_an_accelerator_counts_nowhere(
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-5), got, expected)
 
 
+def test_a_cpu_does_not_turn_the_gradient_of_many_logits(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, kernel = (rng.normal(size=size).astype(np.float32) for size in ((2, 9, 16), (50, 16)))
+    upstream = rng.normal(size=(2, 9, 50)).astype(np.float32)
+    # Few logits have forward-mode derivatives.
+    _, tangent = jax.jvp(gptjax.loss._logits, (x, kernel), (x, np.zeros_like(kernel)))
+    np.testing.assert_allclose(tangent, x @ kernel.T, rtol=1e-5, atol=1e-5)
+    for most in (2 * 9 * 50, 2 * 9 * 50 + 1):
+        monkeypatch.setattr(gptjax.loss, "_WORTH_TURNING", most)
+        # Made anew, since JAX keeps what it traced.
+        pull_back = lambda x, kernel: jax.vjp(gptjax.loss._logits, x, kernel)[1](upstream)
+        grad_x, grad_kernel = pull_back(x, kernel)
+        np.testing.assert_allclose(grad_x, upstream @ kernel, rtol=1e-5, atol=1e-5)
+        expected = np.einsum("btv,btd->vd", upstream, x)
+        np.testing.assert_allclose(grad_kernel, expected, rtol=1e-5, atol=1e-5)
+        made = [eqn.outvars[0].aval for eqn in jax.make_jaxpr(pull_back)(x, kernel).eqns]
+        assert ((16, 50) in [array.shape for array in made]) is (most == 2 * 9 * 50)
+
+
 def test_gradients_of_low_precision_logits_are_of_low_precision(rng: np.random.Generator) -> None:
     """Near those of float32, and of the dtype that the products are fast in."""
     x = jnp.asarray(rng.normal(size=(2, 9, 16)), jnp.bfloat16)
