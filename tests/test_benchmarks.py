@@ -585,11 +585,11 @@ def test_what_a_gpu_is_measured_by_runs_small(tmp_path: Path, clone: Path, text:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     out = tmp_path / "out"
-    args = ("--nanogpt", clone, "--data", text, "--seconds", 3000)
+    gpu = load("gpu")
     # The essential ones and those that no other test runs.
-    parts = load("gpu").parts(load("gpu").Settings(out=out))
-    names = [part.name for part in parts if part.essential] + ["start-up", "loading"]
-    args += ("--only", *names)
+    names = [part.name for part in gpu.parts(gpu.Settings(out=out)) if part.essential]
+    names += ["start-up", "loading"]
+    args = ("--nanogpt", clone, "--data", text, "--seconds", 3000, "--only", *names)
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "gpu.py", "--small", "True", "--out", out, *map(str, args)],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "GPTJAX_CACHE": str(tmp_path / "cache")},
