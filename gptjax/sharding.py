@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gptjax.devices import platform
 from gptjax.errors import UserError, nearest
 
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
@@ -437,6 +439,34 @@ def on_rows_and_heads(
     queries, keys = ("batch", None, "heads", "head"), ("batch", None, "kv_heads", "head")
     axes = [queries, keys, keys, *(("batch", None) if x.ndim else () for x in more)]
     return on_each_device(function, axes, queries)(*inputs)
+
+
+def are_cpu_replicas() -> bool:
+    """Whether the mesh in force is of a CPU's devices that each have rows, and nothing else."""
+    mesh = jax.sharding.get_abstract_mesh()
+    only_data = not mesh.empty and 1 < mesh.size == mesh.shape["data"]
+    return only_data and platform() == jax.default_backend() == "cpu"
+
+
+def on_replicas(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The sum over replicas of what a function gives for each one's rows, under the mesh in force.
+
+    It is exchanged as one array. Where the compiler splits a step, a CPU's devices wait for each
+    other once for each array of the gradients, block by block.
+
+    Args:
+        function: of what every replica has whole and of `[B, T]` arrays, to arrays of floats that
+            are sums over rows. It sees no mesh.
+    """
+
+    def local(whole: Any, rows: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            sums = function(whole, rows)
+        together, apart = ravel_pytree(sums)
+        return apart(jax.lax.psum(together, "data"))
+
+    specs = (PartitionSpec(), PartitionSpec("data"))
+    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
 
 
 def gathered(x: jax.Array, axis: str, dimension: int) -> jax.Array:

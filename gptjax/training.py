@@ -207,35 +207,43 @@ def make_train_step(
             "config, batch=..., mesh=...))"
         )
 
+    # Dropout draws by a row's number in the batch, routers are balanced over a batch, and what
+    # another objective does to one is its own.
+    rows_apart = objective is loss_sums and not config.dropout and config.num_experts is None
+
     def gradients(state: TrainState, batch: Batch, key: jax.Array | None) -> tuple[Params, Metrics]:
         # Sums over a constant, and the count of tokens only at the end: devices then need not agree
         # on it in the middle, and a mean of microbatches' means would weight tokens unequally.
-        size, params = batch["targets"].size, state.params
+        size = batch["targets"].size
 
-        def sum_gradients(params: Params, batch: Batch, key: jax.Array | None):
+        def sum_gradients(state: TrainState, batch: Batch, key: jax.Array | None):
             def per_place(params: Params) -> tuple[jax.Array, Metrics]:
                 whole = join_params(params, state.frozen, trainable)
                 total, sums = objective(whole, batch, config, options=loss_options, dropout_key=key)
                 return total / size, sums
 
-            return jax.grad(per_place, has_aux=True)(params)
+            return jax.grad(per_place, has_aux=True)(state.params)
 
-        if accumulate == 1:
-            grads, sums = sum_gradients(params, batch, key)
-        else:
+        def accumulated(state: TrainState, batch: Batch):
+            if accumulate == 1:
+                return sum_gradients(state, batch, key)
 
             def microbatch(totals: tuple[Params, Metrics], inputs: tuple[Batch, jax.Array]):
                 micro, index = inputs
                 micro_key = None if key is None else jax.random.fold_in(key, index)
-                return jax.tree.map(jnp.add, totals, sum_gradients(params, micro, micro_key)), None
+                return jax.tree.map(jnp.add, totals, sum_gradients(state, micro, micro_key)), None
 
             micros = split_batch(batch, accumulate)
             first = jax.tree.map(lambda x: x[0], micros)
             zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(sum_gradients, params, first, key),
+                jax.eval_shape(sum_gradients, state, first, key),
             )
-            (grads, sums), _ = jax.lax.scan(microbatch, zeros, (micros, jnp.arange(accumulate)))
+            return jax.lax.scan(microbatch, zeros, (micros, jnp.arange(accumulate)))[0]
+
+        if rows_apart and sharding.are_cpu_replicas():
+            accumulated = sharding.on_replicas(accumulated)
+        grads, sums = accumulated(state, batch)
         count = target_count(sums)
         grads = jax.tree.map(lambda grad: grad * (size / count), grads)
         return grads, mean_metrics(sums)

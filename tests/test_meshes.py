@@ -1,5 +1,6 @@
 """One train step on eight devices, however they are arranged, is that of one device."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ EIGHT = GPT2.replace(num_layers=8, num_heads=8, scan_unroll=1)
 EIGHT_EXPERTS = EXPERTS.replace(num_layers=2, num_experts=8)
 EXPERTS_BIASED = GPT2.replace(num_layers=4, num_experts=4, normalize_gates=False, scan_unroll=1)
 
-FEW = ["fsdp=4,tensor=2", "context=2,tensor=2,data=2", "stage=2,fsdp=2,tensor=2"]
+FEW = ["dp", "fsdp=4,tensor=2", "context=2,tensor=2,data=2", "stage=2,fsdp=2,tensor=2"]
 DENSE_MESHES = [
     "dp",
     "fsdp",
@@ -196,10 +197,10 @@ def test_all_meshes_equal_one_device(
 def test_the_rest_of_the_model_equals_one_device(rng: np.random.Generator, tmp_path: Path) -> None:
     """Windows, dropout, biased experts, microbatches and rematerialization, over meshes too."""
     dropout = GPT2.replace(num_layers=4, dropout=0.2, scan_unroll=1)
-    meshes = ["fsdp=2,tensor=2,data=2", "context=2,tensor=2,data=2", "stage=4,data=2"]
+    meshes = ["dp", "fsdp=2,tensor=2,data=2", "context=2,tensor=2,data=2", "stage=4,data=2"]
     assert_small(worst_errors(dropout, meshes, rng, tmp_path, steps=2))
     remat = DENSE_MODERN.replace(remat="full", pipeline_microbatches=2)
-    meshes = ["context=4,data=2", "stage=2,context=2,tensor=2", "stage=2,fsdp=4"]
+    meshes = ["dp", "context=4,data=2", "stage=2,context=2,tensor=2", "stage=2,fsdp=4"]
     assert_small(worst_errors(remat, meshes, rng, tmp_path, steps=2, accumulate=2))
     biased = EXPERTS_BIASED.replace(remat="full")
     # A router's balance is taken over a batch, so that microbatches are not part of this.
@@ -207,6 +208,47 @@ def test_the_rest_of_the_model_equals_one_device(rng: np.random.Generator, tmp_p
     assert_small(worst_errors(biased, meshes, rng, tmp_path, steps=2))
     assert_small(worst_errors(EIGHT, ["tp", "stage"], rng, tmp_path, steps=5))
     assert_small(worst_errors(EIGHT_EXPERTS, ["expert"], rng, tmp_path, steps=5))
+
+
+REPLICAS = """
+import re
+import jax, jax.numpy as jnp, numpy as np, optax
+from gptjax.config import ModelConfig
+from gptjax.loss import loss_sums
+from gptjax.sharding import make_mesh
+from gptjax.training import init_state, make_train_step
+
+rng = np.random.default_rng({seed})
+config = ModelConfig(num_layers=3, num_heads=2, embed_dim=32, vocab_size=64, context_length=8)
+tokens = rng.integers(0, 64, (8, 9)).astype(np.int32)
+batch = {{"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}}
+optimizer, mesh = optax.sgd(0.1), make_mesh(data=2)
+
+
+def of_the_batch(params, batch, config, **options):
+    total, sums = loss_sums(params, batch, config, **options)
+    return total * jnp.max(batch["tokens"][0]), sums
+
+
+step = make_train_step(config, optimizer, mesh, accumulate=2)
+program = step.lower(init_state(config, optimizer, jax.random.key(0), mesh), batch).compile()
+print("EXCHANGED", re.findall(r" = (.*) all-reduce\\(", program.as_text()))
+norms = []
+for mesh in None, mesh:
+    step = make_train_step(config, optimizer, mesh, objective=of_the_batch)
+    state = init_state(config, optimizer, jax.random.key(0), mesh)
+    norms.append(float(step(state, batch)[1]["grad_norm"]))
+print("NORMS", *norms)
+"""
+
+
+def test_replicas_on_a_cpu_exchange_one_array(rng: np.random.Generator, tmp_path: Path) -> None:
+    script = REPLICAS.format(seed=int(rng.integers(2**32)))
+    printed = run_alone(script, tmp_path, devices=2, seconds=200).splitlines()
+    found = dict(line.split(maxsplit=1) for line in printed if line.startswith(("EX", "NO")))
+    assert re.fullmatch(r"\['f32\[\d+\](\{0\})?'\]", found["EXCHANGED"]), found
+    one, two = map(float, found["NORMS"].split())
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 FORWARD = """
