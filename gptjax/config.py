@@ -149,6 +149,8 @@ class ModelConfig:
         init: "gpt2" draws N(0, 0.02²) with residual outputs scaled by 1/√(2L); "modern" draws a
             unit-variance embedding, 1/√fan-in matrices, and zero residual outputs and head.
         compute_dtype: dtype of matrix work; "auto" is bfloat16 where the chip has it.
+        float8: multiply with the blocks' kernels in 8-bit floats where blocks are scanned, as in
+            training; see `gptjax.float8`. For an H100 or newer, and widths of thousands.
         cache_dtype: dtype of the keys and values kept in generation: "auto" is the compute dtype,
             "int8" has one scale for each token and head.
         remat: what the backward pass recomputes: "none"; "dots" keeps only matrix products;
@@ -163,7 +165,7 @@ class ModelConfig:
             of each device's rows. None is the largest up to four times the number of stages, with
             which a fifth of the time at most is spent filling and emptying them.
 
-    The last five say how the model is computed and change no value beyond rounding, so a
+    The last six say how the model is computed and change no value beyond rounding, so a
     checkpoint continues under other settings of them (`EXECUTION_FIELDS`).
 
     Raises:
@@ -207,6 +209,7 @@ class ModelConfig:
     dropout: float = 0.0
     init: Init = "gpt2"
     compute_dtype: ComputeDtype = "auto"
+    float8: bool = False
     cache_dtype: CacheDtype = "auto"
     remat: Remat = "none"
     scan_unroll: int | None = None
@@ -260,6 +263,10 @@ class ModelConfig:
         _require(
             self.shared_experts >= 0 and (self.shared_experts == 0 or self.num_experts is not None),
             f"shared_experts is {self.shared_experts}; at least 0, and 0 without num_experts",
+        )
+        _require(
+            not self.float8 or self.num_experts is None,
+            "float8 is for the kernels of dense blocks; set it to False, or num_experts to None",
         )
         _require(0.0 <= self.dropout < 1.0, f"dropout is {self.dropout}; from 0 up to, not 1")
         _require(
@@ -323,7 +330,7 @@ class ModelConfig:
 
 
 EXECUTION_FIELDS = frozenset(
-    {"cache_dtype", "compute_dtype", "remat", "scan_unroll", "pipeline_microbatches"}
+    {"cache_dtype", "compute_dtype", "float8", "remat", "scan_unroll", "pipeline_microbatches"}
 )
 """Fields of `ModelConfig` that change neither parameters nor the function computed."""
 

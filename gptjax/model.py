@@ -20,6 +20,7 @@ from gptjax.config import ModelConfig
 from gptjax.devices import compute_dtype, materialized, platform
 from gptjax.errors import UserError
 from gptjax.experts import Routing, mixture
+from gptjax.float8 import InFloat8, in_float8, matmul_float8
 from gptjax.layouts import (
     Int8,
     LowRank,
@@ -244,13 +245,13 @@ def run_blocks(
         return Hidden(x_BTD, None if cache is None else tuple(extended), routing)
 
     # Cast before the loop, so that what is gathered over a mesh inside it is in the small dtype.
-    specs = param_specs(config)["blocks"]
-    blocks = jax.tree.map(
-        lambda spec, w: w if spec.kind == "router" else cast_kernel(w, x_BTD.dtype),
-        specs,
-        blocks,
-        is_leaf=is_spec,
-    )
+    def cast(spec: Any, w: Any) -> Any:
+        if spec.kind == "router":
+            return w
+        w = cast_kernel(w, x_BTD.dtype)
+        return in_float8(w) if config.float8 and spec.kind == "matrix" else w
+
+    blocks = jax.tree.map(cast, param_specs(config)["blocks"], blocks, is_leaf=is_spec)
 
     def scan(layers: Any, x_BTD: jax.Array, shared: tuple[Context, jax.Array | None]):
         context, keys_B = shared
@@ -484,11 +485,11 @@ def expert_mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> tuple[j
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
     """x · kernel + bias over the last `inputs` dimensions of x and the inputs of the kernel.
 
-    The kernel is an array, `[*inputs, *outputs]`, or in one of the forms of `layouts`.
+    The kernel is an array, `[*inputs, *outputs]`, in one of the forms of `layouts`, or `InFloat8`.
 
     Args:
         x: `[..., *inputs]`.
-        kernel: `[*inputs, *outputs]`, or one of the forms of `layouts`.
+        kernel: `[*inputs, *outputs]`, or in another form.
         bias: `[*outputs]`, or None.
         inputs: how many dimensions are multiplied out.
     """
@@ -499,6 +500,9 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None, inputs: int = 1) -
         weights, scale = split_scale(kernel.kernel, x.dtype)
         outputs = weights.shape[: weights.ndim - inputs]
         out = matmul_outputs_first(x.reshape(*outer, width), weights.reshape(-1, width))
+    elif isinstance(kernel, InFloat8):
+        scale, outputs = None, kernel.shape[inputs:]
+        out = matmul_float8(x.reshape(*outer, width), as_matrix(kernel.kernel, inputs))
     else:
         weights, scale = split_scale(kernel, x.dtype)
         outputs = weights.shape[inputs:]

@@ -175,6 +175,24 @@ def test_each_way_to_unroll_is_a_row(tmp_path: Path, model: Path):
     assert "gptjax, remat full, 4 blocks a turn" in values["rows"]
 
 
+def test_8_bit_floats_are_a_row(tmp_path: Path, model: Path):
+    size = ("--model", model, "--batch-size", 2, "--float8", "False", "True")
+    values, _ = run("training", tmp_path, *size, *SMALL)
+    assert list(values["rows"]) == ["gptjax", "gptjax, float8"]
+    rates = [np.median(row["tokens_per_second"]) for row in values["rows"].values()]
+    assert load("gpu").float8_rate(values) == pytest.approx(rates[1] / rates[0])
+    assert load("gpu").float8_rate({}) is None
+
+
+def test_times_to_the_same_loss():
+    compared = load("shakespeare").time_to_same_loss
+    one = {"curve": [(1, 4.0, 0), (2, 3.0, 10), (3, 2.0, 20), (4, 2.5, 30)], "step_seconds": 1.0}
+    other = {"curve": [(1, 4.1, 0), (9, 2.2, 10), (9, 2.1, 40), (9, 2.3, 50)], "step_seconds": 0.4}
+    assert compared(one, other) == (2.1, pytest.approx(40 * 0.4 / 20))
+    assert compared(one | {"curve": [(1, 4.0, 0)]}, other) is None
+    assert compared(one, other | {"step_seconds": None}) is None
+
+
 def test_the_first_way_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch, model: Path):
     training = load("training")
     asked = []
@@ -386,6 +404,7 @@ def test_mistakes_are_one_line(tmp_path: Path, model: Path, text: Path, command:
         ("gpu", ["--out", tmp_path / "o", "--data", tmp_path / "x"], ("is not there",)),
         ("shakespeare", ["--data", tmp_path / "x"], ("is not there",)),
         ("shakespeare", ["--data", text, "--nanogpt", tmp_path], ("no train.py",)),
+        ("shakespeare", ["--data", text, "--width", 100], ("multiple of 64",)),
         ("start_up", ["--turns", 0], ("turns is 0",)),
         ("loading", ["--turns", 0], ("turns is 0",)),
         ("scaling", ["--batches", 4], ("two or more",)),
@@ -588,7 +607,7 @@ def test_what_a_gpu_is_measured_by_runs_small(tmp_path: Path, clone: Path, text:
     gpu = load("gpu")
     # The essential ones and those that no other test runs.
     names = [part.name for part in gpu.parts(gpu.Settings(out=out)) if part.essential]
-    names += ["start-up", "loading"]
+    names += ["float8-loss", "start-up", "loading"]
     args = ("--nanogpt", clone, "--data", text, "--seconds", 3000, "--only", *names)
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "gpu.py", "--small", "True", "--out", out, *map(str, args)],

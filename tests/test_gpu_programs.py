@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gptjax import sharding
 from gptjax.attention import attention_backend
 from gptjax.config import preset
+from gptjax.float8 import matmul_float8
 from gptjax.loss import LOGITS_AT_ONCE_GPU
 from gptjax.optimizer import OptimizerConfig, make_optimizer
 from gptjax.params import param_specs
@@ -163,6 +165,25 @@ def test_each_device_of_a_mesh_runs_it_on_its_own_rows_and_heads() -> None:
     forward = next(i for i in instructions.values() if 'fmhaScaleBiasSoftmax"' in i.line)
     rows, heads = B // 4, SMALL.num_heads // 2
     assert forward.arrays[0][1] == (rows, heads, SMALL.context_length, SMALL.head_width)
+
+
+def test_products_in_8_bit_floats_are_cublas_own(rng: np.random.Generator) -> None:
+    """All three of a kernel. Which of cuBLAS and Triton runs, XLA finds out on the GPU."""
+    mesh = compile_mesh(parse_topology("h100:1"), dict.fromkeys(MESH_AXES, 1))
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding.replicated(mesh))
+
+    def product(x: jax.Array, kernel: jax.Array, grad: jax.Array):
+        out, pull_back = jax.vjp(matmul_float8, x, kernel)
+        return out, pull_back(grad)
+
+    B, T, D, F = (int(size) * 64 for size in rng.integers(1, 9, size=4))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(product).lower(array(B, T, D), array(D, F), array(B, T, F))
+    compiled = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+    targets = re.findall(r'custom_call_target="([^"]*)"', compiled.as_text())
+    assert targets.count("__cublas$lt$matmul$f8") == 3
 
 
 def test_stages_run_it_too() -> None:

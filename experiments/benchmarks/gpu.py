@@ -70,6 +70,7 @@ class Part:
         limit: seconds that it may take.
         essential: whether it runs without being asked for.
         needs: what has to be there, by its name in `Settings`.
+        xla_flags: to add to `XLA_FLAGS`.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Part:
     limit: float
     essential: bool = True
     needs: str | None = None
+    xla_flags: str = ""
 
 
 def parts(settings: Settings) -> list[Part]:
@@ -106,6 +108,8 @@ def parts(settings: Settings) -> list[Part]:
     data = () if settings.data is None else ("--data", str(settings.data.resolve()))
     goal = ("--target", str(NANOGPT_LOSS))
     tiny = ("--tiny", "True", "--steps", "4", "--eval-every", "2") if small else ()
+    wide = tiny or ("--width", "2048", "--steps", "1000", "--eval-every", "100")
+    float8 = ("--float8", "False", "True", "--remat", "none" if small else "dots")
     tokens = ("--prompt", "4", "--new", "4") if small else ("--prompt", "32", "--new", "100")
     decoded = (
         "--model",
@@ -164,6 +168,26 @@ def parts(settings: Settings) -> list[Part]:
             essential=False,
             needs="nanogpt",
         ),
+        # XLA finds out on the GPU whether cuBLAS's products or Triton's are faster; without the
+        # latter all are in 8-bit floats.
+        Part("float8", "training.py", training("gpt2-xl", 64, "8", *float8), 200, essential=False),
+        Part(
+            "float8-cublas",
+            "training.py",
+            training("gpt2-xl", 64, "8", *float8),
+            200,
+            essential=False,
+            xla_flags="--xla_gpu_enable_triton_gemm=false",
+        ),
+        Part(
+            "float8-loss",
+            "shakespeare.py",
+            (*data, "--recipe", "gpu", "--float8", "True", "--target", "None", *wide),
+            300,
+            essential=False,
+            needs="data",
+            xla_flags="--xla_gpu_enable_triton_gemm=false",
+        ),
         Part("start-up", "start_up.py", (*few, *once), 300, essential=False),
         Part("loading", "loading.py", (*few, *once), 200, essential=False),
     ]
@@ -202,8 +226,15 @@ def run_part(part: Part, settings: Settings, limit: float) -> str:
     if part.script == "training.py" and rate is not None:
         command += ["--matrix-rate", str(rate)]
     with (out / f"{part.name}.log").open("w", encoding="utf-8") as log:
+        environment = dict(os.environ)
+        if part.xla_flags:
+            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}".strip()
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             status = process.wait(limit)
@@ -266,6 +297,17 @@ def row_value(label: str, quantity: str) -> Callable[[dict[str, Any]], float | N
     return find
 
 
+def float8_rate(values: dict[str, Any]) -> float | None:
+    """Tokens a second of the row in 8-bit floats over those of the row without."""
+    near, other = (
+        row_value(label, "tokens_per_second")(values) for label in ("gptjax, float8", "gptjax")
+    )
+    # A row that did not fit says so instead.
+    if not isinstance(near, float) or not isinstance(other, float):
+        return None
+    return near / other
+
+
 def agreeing(cases: Any) -> float | None:
     """The share of a kernel's cases that agree, of those that could be compared; 0 without any.
 
@@ -303,6 +345,20 @@ GOALS = [
         MODERN_LOSS,
         "shakespeare-modern",
         row_value("gptjax gpu-modern", "best"),
+        below=True,
+    ),
+    Goal("GPT-2 1.5B in 8-bit floats: times bfloat16's tokens/s", 1.0, "float8", float8_rate),
+    Goal(
+        "GPT-2 1.5B in 8-bit floats, all products by cuBLAS: times bfloat16's tokens/s",
+        1.0,
+        "float8-cublas",
+        float8_rate,
+    ),
+    Goal(
+        "8-bit floats, 2,048 wide: time to bfloat16's loss over bfloat16's",
+        1.0,
+        "float8-loss",
+        lambda values: values.get("float8_time_ratio"),
         below=True,
     ),
     Goal(

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +52,9 @@ class Settings:
         target: The validation loss to reach, in nats a character; None runs to the last step.
         nanogpt: A clone of nanoGPT, to compare with.
         only_nanogpt: Whether to leave gptjax out.
+        float8: Whether to run gptjax again with products in 8-bit floats, and compare the times to
+            the best loss that both reach.
+        width: Of gptjax's model, other than the recipe's: a multiple of 64, which heads are wide.
         seconds: The most that one run may take.
         steps: Other than the recipe's.
         eval_every: Steps between evaluations, other than 250.
@@ -64,6 +68,8 @@ class Settings:
     target: float | None = 1.4697
     nanogpt: Path | None = None
     only_nanogpt: bool = False
+    float8: bool = False
+    width: int | None = None
     seconds: float = 900.0
     steps: int | None = None
     eval_every: int | None = None
@@ -72,7 +78,7 @@ class Settings:
     png: Path | None = None
 
 
-def run_gptjax(settings: Settings, folder: Path) -> dict[str, Any]:
+def run_gptjax(settings: Settings, folder: Path, *, float8: bool = False) -> dict[str, Any]:
     """A run of the training script."""
     out = folder / "run"
     script = Path(__file__).parents[1] / "shakespeare_char.py"
@@ -80,6 +86,11 @@ def run_gptjax(settings: Settings, folder: Path) -> dict[str, Any]:
     command += ["--data", str(settings.data.resolve()), "--out", str(out)]
     for flag, value in (("--steps", settings.steps), ("--eval-every", settings.eval_every)):
         command += [] if value is None else [flag, str(value)]
+    if float8:
+        command += ["--model.float8", "True"]
+    if settings.width is not None:
+        command += ["--model.embed-dim", str(settings.width)]
+        command += ["--model.num-heads", str(settings.width // 64)]
     if settings.tiny:
         command += ["--model.num-layers", "1", "--model.embed-dim", "16", "--model.num-heads", "2"]
         command += ["--model.context-length", "8", "--batch-size", "2"]
@@ -252,6 +263,19 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
                     break
 
 
+def time_to_same_loss(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float] | None:
+    """The lowest loss that both reached, and the other's time of train steps to it over the one's.
+
+    None where a run has no evaluation after a step, or no step's time.
+    """
+    curves = [[(step, loss) for _, loss, step in run["curve"] if step] for run in (one, other)]
+    if not all(curves) or not one["step_seconds"] or not other["step_seconds"]:
+        return None
+    shared = max(min(loss for _, loss in curve) for curve in curves)
+    steps = [next(step for step, loss in curve if loss <= shared) for curve in curves]
+    return shared, steps[1] * other["step_seconds"] / (steps[0] * one["step_seconds"])
+
+
 def main() -> None:
     settings = parse_flags(Settings, None, str(__doc__))
     if not settings.data.is_file():
@@ -260,9 +284,14 @@ def main() -> None:
         raise UserError(f"{settings.nanogpt} holds no train.py; --nanogpt is a clone of nanoGPT")
     if settings.only_nanogpt and settings.nanogpt is None:
         raise UserError("only_nanogpt needs --nanogpt, a clone of nanoGPT")
+    if settings.width is not None and (settings.width % 64 or settings.nanogpt is not None):
+        raise UserError("--width is a multiple of 64, and for gptjax alone")
     goal = "the last step" if settings.target is None else f"a validation loss of {settings.target}"
     report = Report(f"From process start to {goal}, recipe {settings.recipe}", settings)
-    contestants = {} if settings.only_nanogpt else {f"{GPTJAX} {settings.recipe}": run_gptjax}
+    ours = f"{GPTJAX} {settings.recipe}"
+    contestants: dict[str, Any] = {} if settings.only_nanogpt else {ours: run_gptjax}
+    if settings.float8 and not settings.only_nanogpt:
+        contestants[f"{ours}, float8"] = partial(run_gptjax, float8=True)
     if settings.nanogpt is not None:
         contestants[NANOGPT] = run_nanogpt
     for label, run in contestants.items():
@@ -270,12 +299,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             report.add(label, **run(settings, Path(folder)))
         report.save(settings.json, None, "seconds")
-    times = [row["seconds"] for row in report.rows.values()]
-    if len(times) == 2 and all(times):
-        ratio = times[0] / times[1]
+    peer, own = (report.rows.get(name, {}) for name in (NANOGPT, ours))
+    if own.get("seconds") and peer.get("seconds"):
+        ratio = own["seconds"] / peer["seconds"]
         report.extra["time_ratio"] = ratio
         report.notes.append(f"gptjax takes {ratio:.2f} of nanoGPT's time.")
-        trained = [row["train_seconds"] for row in report.rows.values()]
+        trained = [row["train_seconds"] for row in (own, peer)]
         if all(trained):
             ratio = trained[0] / trained[1]
             report.extra["train_time_ratio"] = ratio
@@ -283,6 +312,14 @@ def main() -> None:
                 "Of train steps alone, without start, compiling and evaluations, "
                 f"{ratio:.2f}: {trained[0]:.1f} s and {trained[1]:.1f} s."
             )
+    near = report.rows.get(f"{ours}, float8")
+    if near is not None and (compared := time_to_same_loss(own, near)) is not None:
+        loss, ratio = compared
+        report.extra |= {"float8_loss": loss, "float8_time_ratio": ratio}
+        report.notes.append(
+            f"Train steps to a validation loss of {loss:.4f} take with 8-bit floats {ratio:.2f} of "
+            "the time without."
+        )
     report.show(
         {
             "seconds": Column("s to the target", 1),

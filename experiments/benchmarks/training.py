@@ -75,6 +75,7 @@ class Settings:
             device with its share, or one of a CPU's where the model is large for the batch.
         scan_unroll: Blocks in a row for each turn of the loop over blocks. Each number is a row.
         remat: What the backward pass recomputes. Each is a row.
+        float8: Whether blocks multiply in 8-bit floats. Each is a row.
         first_that_fits: Whether to stop at the first of the rows that the memory is enough for;
             peers try the numbers of microbatches likewise.
         turns: How often each is measured.
@@ -103,6 +104,7 @@ class Settings:
     mesh: str | None = None
     scan_unroll: tuple[int, ...] = ()
     remat: tuple[Remat, ...] = ("none",)
+    float8: tuple[bool, ...] = (False,)
     first_that_fits: bool = False
     turns: int = 5
     warmup: int = 20
@@ -125,8 +127,8 @@ class Settings:
                 raise UserError(f"{name} is {value}; at least 1")
         if self.warmup < 0:
             raise UserError(f"warmup is {self.warmup}; at least 0")
-        if not self.accumulate or not self.remat:
-            raise UserError("accumulate and remat are at least one each")
+        if not self.accumulate or not self.remat or not self.float8:
+            raise UserError("accumulate, remat and float8 are at least one each")
         if self.nanogpt is not None and not (self.nanogpt / "model.py").is_file():
             raise UserError(f"{self.nanogpt} holds no model.py; --nanogpt is a clone of nanoGPT")
         for package, asked in (("torch", self.nanogpt), (TRANSFORMERS, self.transformers)):
@@ -184,14 +186,15 @@ def plan(settings: Settings) -> Plan:
                 f"batch_size {base.batch_size} does not divide into {accumulate} microbatches"
             )
     # Fewer rows at once come before computing anything again, which costs more.
-    for remat, accumulate, unroll in itertools.product(
-        settings.remat, settings.accumulate, unrolls
+    for float8, remat, accumulate, unroll in itertools.product(
+        settings.float8, settings.remat, settings.accumulate, unrolls
     ):
         label = GPTJAX
         label += f", {accumulate} microbatches" if len(settings.accumulate) > 1 else ""
         label += f", remat {remat}" if len(settings.remat) > 1 else ""
         label += f", {unroll} blocks a turn" if unroll is not None else ""
-        changes: dict[str, Any] = {"remat": remat, "scan_unroll": unroll}
+        label += ", float8" if float8 else ""
+        changes: dict[str, Any] = {"remat": remat, "scan_unroll": unroll, "float8": float8}
         made.ours[label] = changed(base, accumulate, changes)
     same = settings.accumulate if settings.first_that_fits else settings.accumulate[:1]
     tries = [changed(base, n, {}) for n in settings.peer_accumulate or same]
