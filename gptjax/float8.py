@@ -48,7 +48,7 @@ def to_float8(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Rounds to 8-bit floats.
 
     Args:
-        x: an array `[...]`. What is not finite makes values that are not finite.
+        x: `[..., D]`, of any rank. What is not finite makes values that are not finite.
         dtype: `jnp.float8_e4m3fn` or `jnp.float8_e5m2`.
 
     Returns:
