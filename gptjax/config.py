@@ -149,8 +149,9 @@ class ModelConfig:
         init: "gpt2" draws N(0, 0.02²) with residual outputs scaled by 1/√(2L); "modern" draws a
             unit-variance embedding, 1/√fan-in matrices, and zero residual outputs and head.
         compute_dtype: dtype of matrix work; "auto" is bfloat16 where the chip has it.
-        float8: multiply with the blocks' kernels in 8-bit floats where blocks are scanned, as in
-            training; see `gptjax.float8`. For an H100 or newer, and widths of thousands.
+        float8: train with products of the blocks' kernels in 8-bit floats, see `gptjax.float8`; for
+            an H100 or newer, and widths of thousands. Evaluation, generation and a run that is
+            loaded multiply in the compute dtype.
         cache_dtype: dtype of the keys and values kept in generation: "auto" is the compute dtype,
             "int8" has one scale for each token and head.
         remat: what the backward pass recomputes: "none"; "dots" keeps only matrix products;

@@ -3,21 +3,22 @@
 Inputs have 4 bits of exponent and 3 of mantissa (E4M3), gradients 5 and 2 (E5M2), as Micikevicius
 et al. 2022 propose, and each array one scale, taken from its largest value as it is ("current
 scaling"), so that nothing is to be carried from step to step. XLA makes a product of 8-bit floats
-out of a product of what they stand for, where the GPU has one (NVIDIA's H100 is the first); on
-other devices the numbers are the same, and nothing is faster.
+out of a product of what they stand for, where the GPU has one (NVIDIA's H100 is the first). Other
+devices multiply what they stand for: the same numbers but for how sums are rounded, and not faster.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gptjax.layouts import LowRank
+from gptjax.layouts import Int8, LowRank
 
 _INPUTS, _GRADIENTS = jnp.float8_e4m3fn, jnp.float8_e5m2
-# Of scales that float32 and bfloat16 can both divide by.
+# By a smaller scale neither float32 nor bfloat16 could divide.
 _SMALLEST_EXPONENT = -100
 
 
@@ -41,20 +42,20 @@ def in_float8(kernel: Any) -> Any:
     """A kernel as `InFloat8`; of a `LowRank` what is added to. `Int8` stays as it is."""
     if isinstance(kernel, LowRank):
         return kernel.replace(kernel=in_float8(kernel.kernel))  # pyright: ignore[reportAttributeAccessIssue]
-    return InFloat8(kernel) if isinstance(kernel, jax.Array) else kernel
+    return kernel if isinstance(kernel, Int8) else InFloat8(kernel)
 
 
 def to_float8(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Rounds to 8-bit floats.
 
     Args:
-        x: `[..., D]`, of any rank. What is not finite makes values that are not finite.
+        x: `[..., D]`. What is not finite makes values that are not finite.
         dtype: `jnp.float8_e4m3fn` or `jnp.float8_e5m2`.
 
     Returns:
         Values in `dtype`, and the scale, a float32 scalar: x is about values · scale. It is a power
-        of two, so that scaling rounds nothing; the largest value is in the highest octave but one,
-        or fills it.
+        of two, so that scaling rounds nothing: the one with which the largest value comes to lie
+        between a half and the whole of the largest power of two of `dtype` (128 to 256 in E4M3).
     """
     _, exponent = jnp.frexp(jnp.max(jnp.abs(x)).astype(jnp.float32))
     highest = math.frexp(float(jnp.finfo(dtype).max))[1] - 1
@@ -65,10 +66,10 @@ def to_float8(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def matmul_float8(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """`[..., I]` times `[I, O]`, both rounded to E4M3, and so are its gradients' products.
+    """`[..., I]` times `[I, O]`, both rounded to E4M3.
 
-    The output's gradient is rounded to E5M2. The rounding itself counts as the identity in
-    derivatives.
+    The backward pass multiplies the same rounded arrays, and the output's gradient rounded to E5M2.
+    Rounding itself counts as the identity in derivatives.
 
     Args:
         x: `[..., I]`.
@@ -87,8 +88,10 @@ def _backward(rounded: Any, grad: jax.Array):
     x, kernel_IO = (_widened(array, grad.dtype) for array in rounded)
     grad = _widened(to_float8(grad, _GRADIENTS), grad.dtype)
     last, outer = grad.ndim - 1, tuple(range(grad.ndim - 1))
-    grad_x = jax.lax.dot_general(grad, kernel_IO, (((last,), (1,)), ((), ())))
-    return grad_x, jax.lax.dot_general(x, grad, ((outer, outer), ((), ())))
+    # cuBLAS would else add up in fewer bits than float32 has, which is for the forward pass alone.
+    product = partial(jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST)
+    grad_x = product(grad, kernel_IO, (((last,), (1,)), ((), ())))
+    return grad_x, product(x, grad, ((outer, outer), ((), ())))
 
 
 matmul_float8.defvjp(_forward, _backward)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 64
 """Up to so many rows a CPU is faster with the kernel on the left (`matmul_outputs_first`)."""
+AHEAD_BYTES = 2**29
+"""The most that a TPU holds of kernels that are gathered before the loop over blocks."""
 
 
 @dataclass(frozen=True)
@@ -248,10 +250,21 @@ def run_blocks(
     def cast(spec: Any, w: Any) -> Any:
         if spec.kind == "router":
             return w
+        if spec.kind == "vector":
+            # Whole, in one gather for all blocks. A TPU's compiler lets one gather go on beside a
+            # product: a gain's in the loop would keep a kernel's waiting.
+            w = constrain(w, *(None if axis == "embed" else axis for axis in spec.axes))
         w = cast_kernel(w, x_BTD.dtype)
-        return in_float8(w) if config.float8 and spec.kind == "matrix" else w
+        # What reads a text with a cache goes on block by block, which is in the compute dtype.
+        float8 = config.float8 and cache is None and spec.kind == "matrix"
+        return in_float8(w) if float8 else w
 
-    blocks = jax.tree.map(cast, param_specs(config)["blocks"], blocks, is_leaf=is_spec)
+    stacked: Params = jax.tree.map(cast, param_specs(config)["blocks"], blocks, is_leaf=is_spec)
+    key = stacked["attention"]["key"]
+    if _gathers_by_product() and isinstance(key, jax.Array) and key.nbytes <= AHEAD_BYTES:
+        # The gather of what a block multiplies with first has no product before it in the loop.
+        key = constrain(key, "layers", None, "kv_heads", "head")
+        stacked = {**stacked, "attention": {**stacked["attention"], "key": key}}
 
     def scan(layers: Any, x_BTD: jax.Array, shared: tuple[Context, jax.Array | None]):
         context, keys_B = shared
@@ -266,15 +279,23 @@ def run_blocks(
         return jax.lax.scan(rematerialized(body, config), x_BTD, layers, unroll=unroll)
 
     if axis_parts("layers") > 1 and cache is None:
-        stages = (blocks, layers, None)
+        stages = (stacked, layers, None)
         x_BTD, (_, routing) = pipelined(scan, stages, x_BTD, (context, keys_B), config)
         return Hidden(x_BTD, None, routing)
-    stacked = None if cache is None else jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
-    x_BTD, (stacked, routing) = scan((blocks, layers, stacked), x_BTD, (context, keys_B))
-    if stacked is None:
+    caches = None if cache is None else jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
+    x_BTD, (caches, routing) = scan((stacked, layers, caches), x_BTD, (context, keys_B))
+    if caches is None:
         return Hidden(x_BTD, None, routing)
-    extended = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(L))
+    extended = tuple(jax.tree.map(lambda x, i=i: x[i], caches) for i in range(L))
     return Hidden(x_BTD, extended, routing)
+
+
+def _gathers_by_product() -> bool:
+    """Whether a TPU's compiler can let each kernel's gather go on beside the product before it.
+
+    Under a tensor axis, too, it makes loops of the products, with gathers of activations.
+    """
+    return platform() == "tpu" and axis_parts("embed") > 1 and axis_parts("mlp") == 1
 
 
 def layer_traits(config: ModelConfig) -> Layer:
@@ -469,6 +490,10 @@ def mlp(params: Params, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
             gate_BTF = linear(x_BTD, params["gate"], params.get("gate_bias"))
         h_BTF = linear(x_BTD, params["up"], params.get("up_bias"))
     h_BTF = activate(h_BTF, config) if gate_BTF is None else activate(gate_BTF, config) * h_BTF
+    if _gathers_by_product():
+        # Else the product before becomes part of the next one, whose kernel's gather then has
+        # nothing to go on beside.
+        h_BTF = jax.lax.optimization_barrier(h_BTF)
     h_BTF = constrain(h_BTF, "batch", "sequence", "mlp")
     return linear(h_BTF, params["down"], params.get("down_bias"))
 
@@ -502,7 +527,8 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None, inputs: int = 1) -
         out = matmul_outputs_first(x.reshape(*outer, width), weights.reshape(-1, width))
     elif isinstance(kernel, InFloat8):
         scale, outputs = None, kernel.shape[inputs:]
-        out = matmul_float8(x.reshape(*outer, width), as_matrix(kernel.kernel, inputs))
+        weights = kernel.kernel.astype(x.dtype)
+        out = matmul_float8(x.reshape(*outer, width), as_matrix(weights, inputs))
     else:
         weights, scale = split_scale(kernel, x.dtype)
         outputs = weights.shape[inputs:]

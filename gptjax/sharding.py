@@ -442,9 +442,10 @@ def on_rows_and_heads(
 
 
 def are_cpu_replicas() -> bool:
-    """Whether the mesh in force is of a CPU's devices that each have rows, and nothing else."""
+    """Whether the mesh in force splits the batch and nothing else, over CPU devices."""
     mesh = jax.sharding.get_abstract_mesh()
     only_data = not mesh.empty and 1 < mesh.size == mesh.shape["data"]
+    # Where no mesh is in force, as for each replica by itself, the default device decides.
     return only_data and platform() == jax.default_backend() == "cpu"
 
 
@@ -456,7 +457,7 @@ def on_replicas(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         function: of what every replica has whole and of `[B, T]` arrays, to arrays of floats that
-            are sums over rows. It sees no mesh.
+            are sums over rows. It sees no mesh, whose constraints and sums would exchange again.
     """
 
     def local(whole: Any, rows: Any) -> Any:

@@ -181,8 +181,8 @@ def make_train_step(
         mesh: where the state and the batch lie; None is the default device.
         accumulate: microbatches that a batch is split into along B. Their gradients are summed
             before the update; the result equals the whole batch's, also where microbatches
-            differ in their number of counted tokens; but for a router's balance loss, which is
-            each microbatch's own.
+            differ in their number of counted tokens; but for a router's balance loss and the
+            scales of 8-bit floats, which are each microbatch's own.
         loss_options: see `LossOptions`.
         ema_decay: decay rate of `TrainState.ema_params`; None leaves them.
         nonfinite: "skip" leaves parameters and optimizer state as they were where the loss or the
@@ -207,43 +207,45 @@ def make_train_step(
             "config, batch=..., mesh=...))"
         )
 
-    # Dropout draws by a row's number in the batch, routers are balanced over a batch, and what
-    # another objective does to one is its own.
-    rows_apart = objective is loss_sums and not config.dropout and config.num_experts is None
+    # Dropout draws by a row's number in the batch, routers are balanced over a batch, 8-bit floats
+    # scaled by it, and what another objective does to one is its own.
+    of_batch = config.dropout or config.num_experts is not None or config.float8
+    rows_apart = objective is loss_sums and not of_batch
 
     def gradients(state: TrainState, batch: Batch, key: jax.Array | None) -> tuple[Params, Metrics]:
         # Sums over a constant, and the count of tokens only at the end: devices then need not agree
         # on it in the middle, and a mean of microbatches' means would weight tokens unequally.
         size = batch["targets"].size
+        given = (state.params, state.frozen)
 
-        def sum_gradients(state: TrainState, batch: Batch, key: jax.Array | None):
+        def sum_gradients(given: tuple[Params, Params | None], batch: Batch, key: Any):
             def per_place(params: Params) -> tuple[jax.Array, Metrics]:
-                whole = join_params(params, state.frozen, trainable)
+                whole = join_params(params, given[1], trainable)
                 total, sums = objective(whole, batch, config, options=loss_options, dropout_key=key)
                 return total / size, sums
 
-            return jax.grad(per_place, has_aux=True)(state.params)
+            return jax.grad(per_place, has_aux=True)(given[0])
 
-        def accumulated(state: TrainState, batch: Batch):
+        def accumulated(given: tuple[Params, Params | None], batch: Batch):
             if accumulate == 1:
-                return sum_gradients(state, batch, key)
+                return sum_gradients(given, batch, key)
 
             def microbatch(totals: tuple[Params, Metrics], inputs: tuple[Batch, jax.Array]):
                 micro, index = inputs
                 micro_key = None if key is None else jax.random.fold_in(key, index)
-                return jax.tree.map(jnp.add, totals, sum_gradients(state, micro, micro_key)), None
+                return jax.tree.map(jnp.add, totals, sum_gradients(given, micro, micro_key)), None
 
             micros = split_batch(batch, accumulate)
             first = jax.tree.map(lambda x: x[0], micros)
             zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(sum_gradients, state, first, key),
+                jax.eval_shape(sum_gradients, given, first, key),
             )
             return jax.lax.scan(microbatch, zeros, (micros, jnp.arange(accumulate)))[0]
 
         if rows_apart and sharding.are_cpu_replicas():
             accumulated = sharding.on_replicas(accumulated)
-        grads, sums = accumulated(state, batch)
+        grads, sums = accumulated(given, batch)
         count = target_count(sums)
         grads = jax.tree.map(lambda grad: grad * (size / count), grads)
         return grads, mean_metrics(sums)

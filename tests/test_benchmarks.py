@@ -405,6 +405,7 @@ def test_mistakes_are_one_line(tmp_path: Path, model: Path, text: Path, command:
         ("shakespeare", ["--data", tmp_path / "x"], ("is not there",)),
         ("shakespeare", ["--data", text, "--nanogpt", tmp_path], ("no train.py",)),
         ("shakespeare", ["--data", text, "--width", 100], ("multiple of 64",)),
+        ("shakespeare", ["--data", text, "--width", 64, "--tiny", "True"], ("gptjax alone",)),
         ("start_up", ["--turns", 0], ("turns is 0",)),
         ("loading", ["--turns", 0], ("turns is 0",)),
         ("scaling", ["--batches", 4], ("two or more",)),

@@ -1,18 +1,25 @@
 """Products in 8-bit floats are those of rounded arrays, and a model trained with them learns."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from small_models import GPT2, MODERN, STYLES, random_params
+from small_models import GPT2, STYLES, random_params
 
 from gptjax.adapters import LoRA
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.evaluation.perplexity import make_eval_step
+from gptjax.fitting import fit
 from gptjax.float8 import matmul_float8, to_float8
+from gptjax.generation import generate
 from gptjax.loss import loss_fn
+from gptjax.pretrained.loading import load
+from gptjax.sampling import Sampling
 from gptjax.training import init_state, make_train_step
 
 TYPES = {jnp.float8_e4m3fn: ml_dtypes.float8_e4m3fn, jnp.float8_e5m2: ml_dtypes.float8_e5m2}
@@ -101,14 +108,14 @@ def count_rounded(function, *arguments) -> int:
     return str(jax.make_jaxpr(function)(*arguments)).count("new_dtype=float8_e4m3fn")
 
 
-@pytest.mark.parametrize(("config", "kernels"), [(GPT2, 4), (MODERN, 4)], ids=["gpt2", "modern"])
+@STYLES
 def test_all_kernels_of_a_block_are_multiplied_with_so(
-    config: ModelConfig, kernels: int, rng: np.random.Generator
+    config: ModelConfig, rng: np.random.Generator
 ) -> None:
-    """Queries', keys' and values' as one; and their inputs; other matrices and biases are not."""
+    """Queries', keys' and values' as one, out, up and down, and their inputs; nothing else."""
     params, batch = random_params(config, rng), batch_of(config, rng)
     config = config.replace(float8=True, scan_unroll=1)
-    assert count_rounded(lambda p: loss_fn(p, batch, config)[0], params) == 2 * kernels
+    assert count_rounded(lambda p: loss_fn(p, batch, config)[0], params) == 2 * 4
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(4, targets=("blocks.*",))], ids=["all", "lora"])
@@ -131,6 +138,31 @@ def test_it_learns_as_fast(lora: LoRA | None, rng: np.random.Generator) -> None:
     assert learned > 0.2
     assert near[0] - near[-1] == pytest.approx(learned, rel=0.1)
     assert near != exact
+
+
+def test_only_training_is_in_8_bit_floats(rng: np.random.Generator, tmp_path: Path) -> None:
+    config = GPT2.replace(float8=True)
+    params, batch = random_params(config, rng), batch_of(config, rng)
+    assert "float8" in str(jax.make_jaxpr(lambda p: loss_fn(p, batch, config)[0])(params))
+    # As numpy arrays, too.
+    arrays = jax.tree.map(np.asarray, params)
+    np.testing.assert_allclose(loss_fn(arrays, batch, config)[0], loss_fn(params, batch, config)[0])
+    exact, found = (make_eval_step(c)(params, batch) for c in (GPT2, config))
+    assert found == exact
+    prompts = [row[:5].tolist() for row in batch["tokens"][:3]]
+    sampling = Sampling(max_new_tokens=4, temperature=0.0)
+    exact, found = (generate(params, prompts, c, sampling) for c in (GPT2, config))
+    assert found == exact
+    fit(
+        config,
+        optax.sgd(0.1),
+        [batch],
+        steps=1,
+        out=tmp_path / "run",
+        mesh=None,
+        checkpoint_every=1,
+    )
+    assert load(tmp_path / "run").config == GPT2
 
 
 def test_experts_are_refused() -> None:

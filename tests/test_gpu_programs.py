@@ -184,6 +184,9 @@ def test_products_in_8_bit_floats_are_cublas_own(rng: np.random.Generator) -> No
     compiled = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
     targets = re.findall(r'custom_call_target="([^"]*)"', compiled.as_text())
     assert targets.count("__cublas$lt$matmul$f8") == 3
+    # The two of the backward pass are added up in full float32.
+    calls = [i for i in compiled.as_text().splitlines() if '"__cublas$lt$matmul$f8"' in i]
+    assert sum('"operand_precision":["HIGHEST","HIGHEST"]' in call for call in calls) == 2
 
 
 def test_stages_run_it_too() -> None:

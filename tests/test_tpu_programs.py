@@ -327,10 +327,9 @@ def test_lines(name: str) -> None:
     # A width of 1,600 is twelve tiles and a half, which no layout of it mends.
     assert row["padding"] <= (0.025 if name == "gpt2-xl" else 0.001)
     assert row["added_padding"] <= 0.005
-    # Of fifteen three are waited for, of fourteen two.
-    waits, share = {"gpt2": (0, 0.0), "gpt2-xl": (3, 0.77), "llama3-8b": (2, 0.85)}[name]
-    assert row["loop_gathers"] - row["loop_gathers_overlapped"] <= waits
-    assert row["loop_gathers_share"] >= share
-    # One product for queries, keys and values, and what is laid out anew for it, made XL 1.43e9.
-    assert row["cycles"] <= {"gpt2": 1.38e8, "gpt2-xl": 1.27e9, "llama3-8b": 2.75e9}[name]
+    # None is waited for: twelve are left in each of the larger two.
+    assert row["loop_gathers"] == row["loop_gathers_overlapped"]
     assert (row["loop_gathers"] > 0) == (row["chips"] > 1)
+    # One product for queries, keys and values, and what is laid out anew for it, made XL 1.43e9; an
+    # activation that joins two products into one, 1.25e9.
+    assert row["cycles"] <= {"gpt2": 1.38e8, "gpt2-xl": 1.22e9, "llama3-8b": 2.67e9}[name]

@@ -284,8 +284,12 @@ def main() -> None:
         raise UserError(f"{settings.nanogpt} holds no train.py; --nanogpt is a clone of nanoGPT")
     if settings.only_nanogpt and settings.nanogpt is None:
         raise UserError("only_nanogpt needs --nanogpt, a clone of nanoGPT")
-    if settings.width is not None and (settings.width % 64 or settings.nanogpt is not None):
-        raise UserError("--width is a multiple of 64, and for gptjax alone")
+    if settings.float8 and settings.only_nanogpt:
+        raise UserError("--float8 is for gptjax, which --only-nanogpt leaves out")
+    if settings.width is not None and (settings.width < 64 or settings.width % 64):
+        raise UserError(f"--width is {settings.width}; a multiple of 64")
+    if settings.width is not None and (settings.tiny or settings.nanogpt is not None):
+        raise UserError("--width is for gptjax alone, and not with --tiny")
     goal = "the last step" if settings.target is None else f"a validation loss of {settings.target}"
     report = Report(f"From process start to {goal}, recipe {settings.recipe}", settings)
     ours = f"{GPTJAX} {settings.recipe}"

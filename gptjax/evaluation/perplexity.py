@@ -24,11 +24,12 @@ def make_eval_step(
     """The compiled function `step(params, batch) -> (nll, targets)`, both sums over the batch.
 
     Args:
-        config: the model.
+        config: the model, which multiplies in the compute dtype here, also with `float8`.
         mesh: where parameters and batches lie; None is the default device.
         loss_options: as in `loss_fn`.
         objective: whose sums are taken.
     """
+    config = config.replace(float8=False)
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         _, sums = objective(params, batch, config, options=loss_options)

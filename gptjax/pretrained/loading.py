@@ -164,7 +164,8 @@ def _load_checkpoint(
         found, _ = find_checkpoint(path)
     folder = Path(found)
     metadata = read_metadata(folder)
-    config = ModelConfig.from_dict(metadata["model"])
+    # In 8-bit floats a model is trained, not used.
+    config = ModelConfig.from_dict(metadata["model"]).replace(float8=False)
     optimizer = metadata.get("optimizer") or {}
     averaged = optimizer.get("ema_decay") is not None
     trainable = trainable_from_dict(metadata["run"].get("trainable"))
