@@ -45,14 +45,15 @@ TPU: dict[str, str] = {
     # wastes up to a third of it. Larger operands, activations of a tensor group, still are.
     "--xla_jf_spmd_threshold_for_windowed_einsum_mib": "256",
     # Gathers go on beside products, which a v5e's compiler does by default and a v5p's does not: of
-    # the fourteen in the loops of Llama 3 8B on 32 v5p twelve do, and none without. Left out are
+    # the fourteen then in the loops of Llama 3 8B on 32 v5p twelve did, and none without; now all
+    # twelve do. Left out are, with figures of that time,
     # - gathering the next block's weights ahead of their block
     #   (`--xla_tpu_enable_ici_ag_pipelining`, `--xla_tpu_enable_ag_backward_pipelining`): it holds
-    #   another block's weights (GPT-3 on 512 v5p 12.86 GiB instead of 11.96), and hides fewer, nine
-    #   of fifteen of GPT-2 XL on eight v5e instead of twelve. Nor does carrying them through the
-    #   scan help, with a backward pass by hand: they wait one by one, or are copied into one;
+    #   another block's weights (GPT-3 on 512 v5p 12.86 GiB instead of 11.96), and hid fewer, nine
+    #   of fifteen of GPT-2 XL on eight v5e instead of twelve. Nor did carrying them through the
+    #   scan help, with a backward pass by hand: they waited one by one, or were copied into one;
     # - gathers beside attention's kernel
-    #   (`--xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call`): it hides one more of
+    #   (`--xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call`): it hid one more of
     #   GPT-2 XL's, but the compiler for a v5p, whose chips have two cores, ends the process in the
     #   kernel's backward pass (libtpu 0.0.42).
     "--xla_enable_async_all_gather": "true",
