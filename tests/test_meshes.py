@@ -210,14 +210,12 @@ def test_the_rest_of_the_model_equals_one_device(rng: np.random.Generator, tmp_p
     assert_small(worst_errors(EIGHT_EXPERTS, ["expert"], rng, tmp_path, steps=5))
 
 
-def test_8_bit_floats_are_scaled_by_the_whole_batch(
-    rng: np.random.Generator, tmp_path: Path
-) -> None:
-    """Where rounding differs at all, one value in many falls to its neighbour."""
+def test_8_bit_floats_on_meshes(rng: np.random.Generator, tmp_path: Path) -> None:
+    """The same sums; but where one value falls to its neighbour, others do in the blocks after."""
     meshes = ["dp", "fsdp=4,tensor=2"]
     errors = worst_errors(DENSE.replace(float8=True), meshes, rng, tmp_path, steps=1)
     for name, found in errors.items():
-        assert max(found) < 3e-3, (name, found)
+        assert max(found) < 5e-2, (name, found)
 
 
 REPLICAS = """
@@ -240,9 +238,10 @@ def of_the_batch(params, batch, config, **options):
     return total * jnp.max(batch["tokens"][0]), sums
 
 
-step = make_train_step(config, optimizer, mesh, accumulate=2)
-program = step.lower(init_state(config, optimizer, jax.random.key(0), mesh), batch).compile()
-print("EXCHANGED", re.findall(r" = (.*) all-reduce\\(", program.as_text()))
+for name, model in ("EXCHANGED", config), ("OF-FLOAT8", config.replace(float8=True)):
+    step = make_train_step(model, optimizer, mesh, accumulate=2)
+    program = step.lower(init_state(model, optimizer, jax.random.key(0), mesh), batch).compile()
+    print(name, re.findall(r" = (.*) all-reduce\\(", program.as_text()))
 norms = []
 for mesh in None, mesh:
     step = make_train_step(config, optimizer, mesh, objective=of_the_batch)
@@ -255,8 +254,11 @@ print("NORMS", *norms)
 def test_replicas_on_a_cpu_exchange_one_array(rng: np.random.Generator, tmp_path: Path) -> None:
     script = REPLICAS.format(seed=int(rng.integers(2**32)))
     printed = run_alone(script, tmp_path, devices=2, seconds=200).splitlines()
-    found = dict(line.split(maxsplit=1) for line in printed if line.startswith(("EX", "NO")))
-    assert re.fullmatch(r"\['f32\[\d+\](\{0\})?'\]", found["EXCHANGED"]), found
+    found = dict(line.split(maxsplit=1) for line in printed if line.startswith(("EX", "OF", "NO")))
+    one_array = r"\['f32\[\d+\](\{0\})?'\]"
+    assert re.fullmatch(one_array, found["EXCHANGED"]), found
+    # What is scaled by the largest value of all rows.
+    assert not re.fullmatch(one_array, found["OF-FLOAT8"]), found
     one, two = map(float, found["NORMS"].split())
     assert two == pytest.approx(one, rel=1e-5)
 
