@@ -14,6 +14,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation import DecodeState, Progress, generate, generate_continuations
 from gptjax.model import forward
+from gptjax.params import Params
 from gptjax.sampling import Sampling
 from gptjax.speculation import Carry, DraftModel, Plan, PromptLookup
 
@@ -48,7 +49,7 @@ def repeating_prompts(rng: np.random.Generator, config: ModelConfig, rows: int) 
 def test_greedy_choice_is_the_same(
     config: ModelConfig, kind: str, options: dict, rng: np.random.Generator
 ) -> None:
-    """With ragged prompts, the last of which comes to the end of the context."""
+    """But for ties at rounding. With ragged prompts, the last to the end of the context."""
     config = config.replace(context_length=40)
     params = random_params(config, rng)
     prompts = [*repeating_prompts(rng, config, 4), rng.integers(0, 31, 21).tolist()]
@@ -61,10 +62,41 @@ def test_greedy_choice_is_the_same(
     }[kind]
     for proposer in proposers:
         found = generate_continuations(params, prompts, config, sampling, speculation=proposer)
-        for one, other in zip(found, plain, strict=True):
+        for prompt, one, other in zip(prompts, found, plain, strict=True):
+            pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
+            at = next((at for at, (a, b) in pairs if a != b), None)
+            if at is not None:
+                logits = _penalized(params, config, prompt, one.tokens[:at], options)
+                choices = [one.tokens[at], other.tokens[at]]
+                # Either is the greedy choice, to rounding; what follows is another text.
+                np.testing.assert_allclose(logits[choices], logits.max(), atol=1e-5)
+                continue
             assert (one.tokens, one.finish) == (other.tokens, other.finish)
             if one.logprobs is not None:
                 np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def _penalized(
+    params: Params, config: ModelConfig, prompt: list[int], drawn: list[int], options: dict
+) -> np.ndarray:
+    logits = np.array(forward(params, jnp.array([[*prompt, *drawn]]), config)[0, -1], np.float64)
+    for token in {*prompt, *drawn}:
+        penalty = options.get("repetition_penalty", 1.0)
+        logits[token] *= 1 / penalty if logits[token] > 0 else penalty
+    for token in drawn:
+        logits[token] -= options.get("frequency_penalty", 0)
+    logits[list(options.get("banned", ()))] = -np.inf
+    return logits
+
+
+def test_penalized_logits_are_what_greedy_choice_is_of(rng: np.random.Generator) -> None:
+    config, options = GPT2, {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "banned": (3, 4)}
+    params, prompt = random_params(config, rng), [1, 2, 3, 1, 2]
+    sampling = Sampling(max_new_tokens=9, temperature=0, **options)
+    [row] = generate(params, [prompt], config, sampling)
+    for at, token in enumerate(row):
+        logits = _penalized(params, config, prompt, row[:at], options)
+        assert logits[token] == pytest.approx(logits.max(), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
