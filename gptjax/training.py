@@ -219,12 +219,14 @@ def make_train_step(
         given = (state.params, state.frozen)
 
         def sum_gradients(given: tuple[Params, Params | None], batch: Batch, key: Any):
+            trained, frozen = given
+
             def per_place(params: Params) -> tuple[jax.Array, Metrics]:
-                whole = join_params(params, given[1], trainable)
+                whole = join_params(params, frozen, trainable)
                 total, sums = objective(whole, batch, config, options=loss_options, dropout_key=key)
                 return total / size, sums
 
-            return jax.grad(per_place, has_aux=True)(given[0])
+            return jax.grad(per_place, has_aux=True)(trained)
 
         def accumulated(given: tuple[Params, Params | None], batch: Batch):
             if accumulate == 1:

@@ -109,7 +109,9 @@ def parts(settings: Settings) -> list[Part]:
     goal = ("--target", str(NANOGPT_LOSS))
     tiny = ("--tiny", "True", "--steps", "4", "--eval-every", "2") if small else ()
     wide = tiny or ("--width", "2048", "--steps", "1000", "--eval-every", "100")
-    float8 = ("--float8", "False", "True", "--remat", "none" if small else "dots")
+    policy = "none" if small else "dots"
+    float8 = training("gpt2-xl", 64, "8", "--float8", "False", "True", "--remat", policy)
+    cublas_alone = "--xla_gpu_enable_triton_gemm=false"
     tokens = ("--prompt", "4", "--new", "4") if small else ("--prompt", "32", "--new", "100")
     decoded = (
         "--model",
@@ -170,15 +172,8 @@ def parts(settings: Settings) -> list[Part]:
         ),
         # XLA finds out on the GPU whether cuBLAS's products or Triton's are faster; without the
         # latter all are in 8-bit floats.
-        Part("float8", "training.py", training("gpt2-xl", 64, "8", *float8), 200, essential=False),
-        Part(
-            "float8-cublas",
-            "training.py",
-            training("gpt2-xl", 64, "8", *float8),
-            200,
-            essential=False,
-            xla_flags="--xla_gpu_enable_triton_gemm=false",
-        ),
+        Part("float8", "training.py", float8, 200, essential=False),
+        Part("float8-cublas", "training.py", float8, 200, essential=False, xla_flags=cublas_alone),
         Part(
             "float8-loss",
             "shakespeare.py",
@@ -186,7 +181,7 @@ def parts(settings: Settings) -> list[Part]:
             300,
             essential=False,
             needs="data",
-            xla_flags="--xla_gpu_enable_triton_gemm=false",
+            xla_flags=cublas_alone,
         ),
         Part("start-up", "start_up.py", (*few, *once), 300, essential=False),
         Part("loading", "loading.py", (*few, *once), 200, essential=False),
